@@ -1,0 +1,247 @@
+"""The model being trained: process start, FSDP2 sharding, log-probs in chunks, full weights one by one, export.
+
+Shapes: B sequences of L tokens (prompt, completion, padding on the right); T = L - 1 target positions (position t holds
+the token that follows t); N completion tokens of a batch; H hidden size; V vocabulary.
+"""
+
+import itertools
+import os
+import shutil
+from argparse import ArgumentError
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+CHUNK_LOGITS = 2**25  # logits that exist at one time: 128 MiB in float32, 261 tokens of Llama 3's vocabulary
+
+
+def start() -> tuple[int, int, torch.device]:
+    """Joins the process group that torchrun describes (or a group of one); returns (rank, world size, device)."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def stop():
+    dist.destroy_process_group()
+
+
+def gather(items: list) -> list:
+    """The items of all ranks on every rank, in the order from which `[rank::world]` dealt them out."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for deal in itertools.zip_longest(*parts) for item in deal if item is not None]
+
+
+def sum_over_ranks(sums: Counter) -> Counter:
+    total = Counter()
+    for part in gather([sums]):
+        total.update(part)
+    return total
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What forward passes run in, the sampler's included; master weights and gradient sums are float32 everywhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_tokenizer(model: str):
+    """The tokenizer of a directory or hub name; ArgumentError if there is none or it has no chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(None, f"--model {model}: no model there ({_first_line(error)})") from error
+    if not tokenizer.chat_template:
+        raise ArgumentError(None, f"--model {model}: its tokenizer has no chat template; use an instruct model")
+    return tokenizer
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward returns log-probs instead of logits.
+
+    The projection onto the vocabulary runs inside this module's forward on purpose: FSDP2 gathers a module's
+    parameters only while its forward runs, and the output matrix belongs to the root.
+    """
+
+    def __init__(self, lm: nn.Module, vocab: int, temperature: float):
+        super().__init__()
+        self.lm, self.vocab, self.temperature = lm, vocab, temperature
+
+    def forward(self, ids_BL, prompt_B, length_B):
+        """Log-prob of every completion token under softmax(logits / temperature) over the tokenizer's ids.
+
+        ids_BL: int64, padded on the right, values of the padding are never read by a real token (causal attention).
+        prompt_B, length_B: int64, tokens of the prompt and of prompt + completion.
+        Returns float32 logps_BT and entropy_BT (nats, no gradient), 0 outside the mask, and the bool mask_BT, which is
+        true where the target is a completion token, the end token included.
+        """
+        hidden_BLH = self.lm.get_decoder()(input_ids=ids_BL, use_cache=False).last_hidden_state
+        position_T = torch.arange(1, ids_BL.shape[1], device=ids_BL.device)
+        mask_BT = (position_T >= prompt_B[:, None]) & (position_T < length_B[:, None])
+        hidden_NH, target_N = hidden_BLH[:, :-1][mask_BT], ids_BL[:, 1:][mask_BT]
+        size = max(1, CHUNK_LOGITS // self.lm.config.vocab_size)
+        chunks = [
+            checkpoint(self._chunk_logps, hidden_nH, target_n, use_reentrant=False)
+            for hidden_nH, target_n in zip(hidden_NH.split(size), target_N.split(size), strict=True)
+        ]
+        logps_N, entropy_N = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        zeros_BT = torch.zeros(mask_BT.shape, device=ids_BL.device)
+        return zeros_BT.masked_scatter(mask_BT, logps_N), zeros_BT.masked_scatter(mask_BT, entropy_N), mask_BT
+
+    def _chunk_logps(self, hidden_nH, target_n):
+        """One chunk of the head; its logits live here only and are computed again in the backward pass."""
+        logits_nV = self.lm.get_output_embeddings()(hidden_nH)[:, : self.vocab].float() / self.temperature
+        logz_n = logits_nV.logsumexp(-1)
+        with torch.no_grad():
+            entropy_n = logz_n - ((logits_nV - logz_n[:, None]).exp() * logits_nV).sum(-1)
+        return logits_nV.gather(-1, target_n[:, None]).squeeze(-1) - logz_n, entropy_n
+
+    @torch.no_grad()
+    def logps(self, sequences: list[tuple[list[int], list[int]]], max_tokens=2**14) -> list[torch.Tensor]:
+        """Log-probs of each (prompt ids, completion ids) as float32 [len(completion)] on the CPU, without gradient.
+
+        Every rank must call it together, with as many sequences as it has (none is fine).
+        """
+        out = [torch.zeros(0)] * len(sequences)
+        for batch in micro_batches([len(p) + len(c) for p, c in sequences], 1, max_tokens):
+            logps_BT, _, mask_BT = self(*collate([sequences[i] for i in batch], self.device))
+            for i, logps_T, mask_T in zip(batch, logps_BT, mask_BT, strict=False):  # an empty batch has one dummy row
+                out[i] = logps_T[mask_T].cpu()
+        return out
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def snapshot(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """A copy of this rank's shards in host memory, cast to `dtype`: enough to bring these very weights back."""
+        return [p.detach().to_local().to("cpu", dtype, copy=True) for p in self.lm.parameters()]
+
+    @torch.no_grad()
+    def restore(self, shards: list[torch.Tensor]):
+        """Takes over a snapshot of a policy of the same model on the same ranks (the reference follows with this)."""
+        for p, shard in zip(self.lm.parameters(), shards, strict=True):
+            p.to_local().copy_(shard)
+
+    def full_weights(self, dtype: torch.dtype, shards: list | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, whole tensor) of each parameter, one at a time, so that no rank holds two full copies.
+
+        Collective: every rank must exhaust it. `shards` walks a snapshot instead of the weights of now. The cast comes
+        before the gathering: it halves what is sent. Tied matrices come once, under their first name.
+        """
+        for i, (name, p) in enumerate(self.lm.named_parameters()):
+            p = p.detach()
+            if shards is not None:
+                local = shards[i].to(p.device)
+                p = DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            yield name, p.to(dtype).full_tensor()
+
+    def export(self, directory: Path, tokenizer):
+        """Writes an ordinary Hugging Face directory in the dtype of the original; collective, rank 0 writes.
+
+        The tensors are gathered one at a time into rank 0's host memory; the directory appears under its name only when
+        it is complete.
+        """
+        dtype = self.lm.config.dtype
+        keep = dist.get_rank() == 0
+        state = {}
+        for name, tensor in self.full_weights(dtype):
+            if keep:
+                state[name] = tensor.cpu()
+        if keep:
+            partial = directory.with_name(directory.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            self.lm.save_pretrained(partial, state_dict=state)
+            tokenizer.save_pretrained(partial)
+            partial.rename(directory)
+        dist.barrier()
+
+
+def load_policy(
+    model: str, device: torch.device, vocab: int, temperature: float, trainable=True, activation_checkpointing=False
+) -> Policy:
+    """Loads and shards a model; a reference is loaded the same way with trainable=False.
+
+    vocab: ids below it may be sampled (the tokenizer's length; a model's matrix is often padded beyond it).
+    Trainable: float32 master weights, computing in bfloat16 on a GPU. Not trainable: weights in the computing dtype.
+    Raises ArgumentError for a model that cannot be loaded or whose layers cannot be found.
+    """
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ArgumentError(None, f"--model {model}: cannot be loaded ({_first_line(error)})") from error
+    layers = getattr(lm.get_decoder(), "layers", None)
+    if layers is None:
+        raise ArgumentError(None, f"--model {model}: {type(lm).__name__} has no decoder.layers to shard")
+    lm.requires_grad_(trainable).eval()  # eval: the sampler has no dropout, so the policy has none
+    if activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers:
+            layer.training = True  # the layer's own flag turns recomputation on; its children stay in eval mode
+    dtype = torch.float32 if trainable else compute_dtype(device)
+    policy = Policy(lm, vocab, temperature)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
+    for layer in layers:  # layer by layer: only one is whole on the device at a time
+        fully_shard(layer.to(dtype), mesh=mesh, mp_policy=precision)
+    # the root too gives its full weights back after a forward: outside of one, parameters are always shards
+    return fully_shard(policy.to(dtype), mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+
+
+def clip_gradients(policy: Policy, max_norm: float) -> float:
+    """Scales all gradients down to a global norm of `max_norm`; returns the norm before. 0 if there are none."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def micro_batches(widths: list[int], rows: int, max_tokens: int) -> list[list[int]]:
+    """Packs units into micro-batches of at most `max_tokens` padded tokens; returns the indices of each.
+
+    A unit is `rows` sequences that must meet in one forward (2 for a DPO pair), the longest of widths[i] tokens.
+    Longest first: what does not fit in memory fails at once, and neighbours differ little, so little is padding.
+    Collective: every rank gets the same number, since each forward and backward is a collective; ranks that run out get
+    empty ones, for which `collate` makes a dummy.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(widths)), key=lambda i: -widths[i]):
+        if not batches or (len(batches[-1]) + 1) * rows * widths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    count = torch.tensor(len(batches))
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    return batches + [[] for _ in range(count.item() - len(batches))]
+
+
+def collate(sequences: list[tuple[list[int], list[int]]], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """(prompt ids, completion ids) pairs to (ids_BL, prompt_B, length_B), the inputs of Policy.forward.
+
+    No sequences: one dummy row of two tokens, so that the rank takes part in the collectives of the pass; the caller
+    gives it no weight.
+    """
+    sequences = sequences or [([0], [0])]
+    lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
+    ids_BL = torch.zeros(len(sequences), max(lengths), dtype=torch.int64)
+    for row, length, (prompt, completion) in zip(ids_BL, lengths, sequences, strict=True):
+        row[:length] = torch.tensor(prompt + completion)
+    prompt_B = torch.tensor([len(prompt) for prompt, _ in sequences])
+    return ids_BL.to(device), prompt_B.to(device), torch.tensor(lengths).to(device)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -1,0 +1,198 @@
+"""What an answer is worth: one row at a time, in worker processes that are killed at a deadline.
+
+`math` hands model output to a computer algebra system: an answer like 9^9^9^9 never returns, or takes all memory. So
+every reward runs in a child process of its own (this file, run as a script: it imports neither torch nor vLLM). What
+overruns the deadline or the memory limit, or breaks its worker, is scored None: such a sample leaves its group and is
+counted, it is never scored 0.
+"""
+
+import functools
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import re
+import select
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+MEMORY = 2 * 2**30  # bytes of address space of a worker
+BATCH = 32  # answers sent to a worker at a time
+
+
+def exact(answer: str, text: str) -> float:
+    """1 if the completion is the answer, spaces around it aside."""
+    return float(text.strip() == answer.strip())
+
+
+def gsm8k(answer: str, text: str) -> float:
+    """1 if the last `#### number` of the completion is the answer's number (GSM8K's own format)."""
+    return float(_last_number(text) == (_last_number(answer) or _plain(answer)))
+
+
+def _last_number(text: str) -> str | None:
+    found = re.findall(r"####\s*\$?(-?[0-9][0-9.,]*)", text)
+    return _plain(found[-1]) if found else None
+
+
+def _plain(number: str) -> str:
+    """1,000.00 and 1000 are one number."""
+    number = number.strip().replace(",", "").rstrip(".")
+    return re.sub(r"\.0*$", "", number) if "." in number else number
+
+
+def math_verify(answer: str, text: str) -> float:
+    """Math-Verify with the paper's settings (original code, `_rewards.py`): 1 or 0, no bonus for form or length.
+
+    Its own time limits are off, because there a time-out counts as a wrong answer: the worker's deadline stands in. An
+    answer that sympy cannot handle is wrong, as in the original code; one that runs out of memory or stack has no
+    verdict. Raises ValueError where the reference answer cannot be parsed: that says nothing about the completion.
+    """
+    from math_verify import parse, verify
+
+    gold_config, text_config = _math_configs()
+    golds = parse(answer if answer.startswith("$") else f"${answer}$", gold_config, parsing_timeout=None)
+    if not golds:
+        raise ValueError(f"reference answer {answer!r} cannot be parsed")
+    try:
+        found = parse(text, text_config, parsing_timeout=None, raise_on_error=True)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:
+        return 0.0
+    for gold, candidate in itertools.product(golds, found):
+        try:
+            if verify(gold, candidate, float_rounding=6, timeout_seconds=None, raise_on_error=True):
+                return 1.0
+        except (MemoryError, RecursionError):
+            raise
+        except Exception:  # one comparison that sympy cannot make; another may still match
+            continue
+    return 0.0
+
+
+@functools.cache
+def _math_configs():
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig
+
+    normalization = NormalizationConfig(
+        basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
+    )
+    gold = LatexExtractionConfig(normalization_config=normalization)
+    return (gold,), (LatexExtractionConfig(boxed_match_priority=0),)
+
+
+REWARDS = {"exact": exact, "gsm8k": gsm8k, "math": math_verify}  # (reference answer, completion text) -> reward
+
+
+def complaint(row: dict) -> str | None:
+    """What is wrong with the reward fields of a raw row, or None."""
+    if "reward" not in row:
+        return f"no `reward` (one of {', '.join(REWARDS)})"
+    if row["reward"] not in REWARDS:
+        return f"unknown reward {row['reward']!r} (known: {', '.join(REWARDS)})"
+    answer = row.get("answer")
+    if answer is None or isinstance(answer, (bool, list, dict)) or not str(answer).strip():
+        return f"reward `{row['reward']}` needs an `answer`, a text or a number"
+    return None
+
+
+class Scorer:
+    """Scores (reward, answer, text) jobs in `workers` child processes with a deadline of `timeout` seconds an answer.
+
+    kinds: the names of the rewards that will be asked for, so that a worker imports only what they need.
+    """
+
+    def __init__(self, kinds: set[str], timeout: float, workers: int = 2):
+        self.kinds, self.timeout = kinds, timeout
+        self.threads = ThreadPoolExecutor(workers)  # a thread holds one worker's end of the pipe
+        self.idle: queue.Queue[subprocess.Popen | None] = queue.Queue()
+        for _ in range(workers):
+            self.idle.put(self._spawn())
+
+    def __call__(self, jobs: list[tuple[str, str, str]]) -> list[float | None]:
+        """The reward of each (reward name, reference answer, completion text), or None where it could not be had."""
+        batches = [jobs[i : i + BATCH] for i in range(0, len(jobs), BATCH)]
+        return [reward for batch in self.threads.map(self._score, batches) for reward in batch]
+
+    def _score(self, jobs) -> list[float | None]:
+        """Sends the jobs in one line, reads a line a reward; kills the worker that is late and goes on after that job."""
+        rewards: list[float | None] = []
+        worker = self.idle.get()
+        try:
+            while len(rewards) < len(jobs):
+                if worker is None:
+                    worker = self._spawn()
+                if not worker.ready:  # imports take a while and are not the answer's fault
+                    worker.ready = self._line(worker, timeout=120) == "ready"
+                    if not worker.ready:
+                        raise RuntimeError("a reward worker did not start; run `python rewards.py math` to see why")
+                try:
+                    worker.stdin.write(json.dumps(jobs[len(rewards) :]).encode() + b"\n")
+                except BrokenPipeError:  # it died while idle, which is no answer's fault
+                    worker = None
+                    continue
+                while len(rewards) < len(jobs):
+                    line = self._line(worker, self.timeout)
+                    if line is None:  # late or dead: the answer in hand is the culprit
+                        worker.kill()
+                        worker.wait()
+                        worker = None
+                        rewards.append(None)
+                        break
+                    rewards.append(json.loads(line))
+        finally:
+            self.idle.put(worker)
+        return rewards
+
+    @staticmethod
+    def _line(worker, timeout: float) -> str | None:
+        """The worker's next line, or None if it is late or gone. A line is short, so it arrives whole."""
+        if select.select([worker.stdout], [], [], timeout)[0]:
+            return worker.stdout.readline().decode().strip() or None
+        return None
+
+    def _spawn(self) -> subprocess.Popen:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, os.path.abspath(__file__), *sorted(self.kinds)]
+        # bufsize 0: select must not overlook lines that Python has already read ahead
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment)
+        worker.ready = False
+        return worker
+
+    def close(self):
+        self.threads.shutdown()
+        while not self.idle.empty():
+            if worker := self.idle.get():
+                worker.kill()
+                worker.wait()
+
+
+def work():
+    """The worker: a line of jobs in, a line out for each, until the pipe closes."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes the pipe in the end
+    logging.disable(logging.WARNING)  # Math-Verify warns about each answer that it cannot read
+    if "math" in sys.argv[1:]:
+        math_verify("1", "$1$")  # imports and caches what the first answer would otherwise pay for
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not look like a reward
+    out.write("ready\n")
+    for line in sys.stdin:
+        for name, answer, text in json.loads(line):
+            try:
+                reward = REWARDS[name](answer, text)
+            except Exception:  # MemoryError, RecursionError, ValueError, ...: no verdict, which is not a wrong answer
+                reward = None
+            out.write(json.dumps(reward if reward is not None and math.isfinite(reward) else None) + "\n")
+
+
+if __name__ == "__main__":
+    work()

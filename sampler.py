@@ -1,0 +1,286 @@
+"""The model that answers: vLLM in this process, its weights replaced in place, and the test that they were.
+
+One engine per rank, on the rank's own device. Every vLLM call of the project is in this file: `LLM`, `generate`,
+`collective_rpc("reload_weights")`, `apply_model`, `reset_prefix_cache`, `sleep` and `wake_up`, all public in vLLM 0.32.
+`HFSampler` is the same interface on transformers, for machines without vLLM and as the oracle of the tests.
+"""
+
+import contextlib
+import importlib.util
+import os
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+# Expected |policy - sampler| log-prob of a token right after a reload, as (mean, max) nats: float32 differs in the order
+# of sums only; in bfloat16 single tokens differ by tenths, but they average out.
+GAP_LIMITS = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (0.05, 2.0)}
+SPOTS = 4096  # entries of each tensor that are read back from the engine after a reload
+
+
+class SyncError(RuntimeError):
+    """The sampler does not hold the policy's weights."""
+
+
+@dataclass
+class Completion:
+    ids: list[int]  # as sampled, the end token included; never tokenized again
+    logps: list[float]  # of each id, under the distribution it was drawn from
+    text: str
+    finish: str  # "stop": an end token came; "length": cut at max_new_tokens
+    version: int  # the optimizer step whose weights wrote it
+    reward: float | None = None  # filled in by the scorer
+
+
+class VLLMSampler:
+    """An in-process vLLM engine.
+
+    model: directory or hub name; stop_ids: token ids that end a completion; max_length: prompt + completion, tokens;
+    gpu_memory: vLLM's share of the GPU (weights and KV cache); dtype: float32 or bfloat16, the policy's computing dtype.
+    """
+
+    def __init__(self, model: str, tokenizer, stop_ids, device, dtype, max_length: int, gpu_memory: float, sleep: bool):
+        # The settings of vLLM, all of them read at import: one process, and on a CPU 1 GiB of KV cache instead of a
+        # large share of the memory, without binding threads to cores that the policy needs as well.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        from vllm import LLM, SamplingParams
+
+        self.SamplingParams, self.tokenizer, self.stop_ids, self.dtype = SamplingParams, tokenizer, stop_ids, dtype
+        self.version, self.asleep, self.can_sleep = 0, 0, sleep and device.type == "cuda"
+        self.llm = LLM(
+            model,
+            dtype=dtype,
+            max_model_len=max_length,
+            gpu_memory_utilization=gpu_memory,
+            enforce_eager=device.type == "cpu",  # CUDA graphs on a GPU
+            enable_sleep_mode=self.can_sleep,
+            use_tqdm_on_load=False,
+            skip_tokenizer_init=True,  # ids in, ids out
+            generation_config="vllm",  # no sampling defaults of the model's own
+            logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and bans applied
+            logits_processors=[_ban_ids_from(len(tokenizer))],
+            # one engine per rank inside torchrun's processes
+            distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
+        )
+
+    def generate(
+        self, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float, seed: int, top_p: float = 1.0
+    ) -> list[list[Completion]]:
+        """`n` completions of each prompt (token ids), in order. The same call with the same seed draws the same."""
+        if not prompts:
+            return []
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = 0
+        # logprobs=0: of the sampled token only
+        params = self.SamplingParams(
+            n=n, temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0,
+            stop_token_ids=self.stop_ids, detokenize=False,
+        )  # fmt: skip
+        torch.manual_seed(seed)  # the engine runs in this process: it draws from torch's own generator
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        completions = [completion for output in outputs for completion in output.outputs]
+        texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+        made = [
+            Completion(
+                list(c.token_ids),
+                [step[i].logprob for i, step in zip(c.token_ids, c.logprobs, strict=True)],
+                text,
+                c.finish_reason,
+                self.version,
+            )
+            for c, text in zip(completions, texts, strict=True)
+        ]
+        return [made[i : i + n] for i in range(0, len(made), n)]
+
+    def reload(self, weights: Iterable[tuple[str, torch.Tensor]], version: int):
+        """Replaces all weights in place with (Hugging Face name, tensor) pairs, read one at a time.
+
+        Raises SyncError where the engine's own tensors do not hold them afterwards. Afterwards the engine is awake.
+        """
+        self.version = None  # if this fails half-way, the engine holds nobody's weights
+        if self.asleep:  # weights first: their memory and the KV cache's need not exist while tensors are gathered
+            self.llm.wake_up(tags=["weights"])
+        spots = {}
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _note_spots(weights, spots)})
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = 0
+        self.llm.reset_prefix_cache()  # keys and values of the old weights
+        [complaint] = self.llm.apply_model(lambda model: _complaint(model, spots))
+        if complaint:
+            raise SyncError(f"after the reload at step {version} vLLM does not hold the policy's {complaint}")
+        self.version = version
+
+    def sleep(self, level: int):
+        """Frees the GPU for training: 1 keeps the weights in host memory, 2 drops them (version is then None)."""
+        if self.can_sleep and not self.asleep:
+            self.llm.sleep(level)
+            self.asleep = level
+            self.version = None if level == 2 else self.version
+
+
+def _ban_ids_from(vocab: int):
+    """A vLLM logits processor: ids that the tokenizer does not have (a padded output matrix) are never sampled."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    class BanPaddedIds(LogitsProcessor):
+        def __init__(self, vllm_config, device, is_pin_memory):
+            pass
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def update_state(self, batch_update):
+            pass
+
+        def apply(self, logits):
+            logits[:, vocab:] = -float("inf")
+            return logits
+
+    return BanPaddedIds
+
+
+def _note_spots(weights, spots: dict):
+    """Passes the pairs on; keeps evenly spaced entries of each tensor, to look for them in the engine."""
+    for name, tensor in weights:
+        spots[name] = (tensor.shape, tensor.flatten()[:: _stride(tensor)].clone())
+        yield name, tensor
+
+
+def _stride(tensor) -> int:
+    return max(1, tensor.numel() // SPOTS)
+
+
+def _complaint(model, spots: dict) -> str | None:
+    """Compares the noted entries with vLLM's own tensors; names the tensor that was not sent or differs most, or None.
+
+    vLLM joins some matrices by rows (q, k and v; gate and up). Tensors that a kernel has repacked cannot be read back (on
+    a CPU, those of all linear layers), and names may differ (multimodal models): then the log-probs have to tell.
+    """
+    joined = getattr(model, "packed_modules_mapping", {})
+    missing, worst, worst_gap, known = None, None, 0.0, False
+    for whole, param in model.named_parameters():
+        module = whole.split(".")[-2] if "." in whole else whole
+        row = 0
+        for part in joined.get(module, [module]):
+            name = whole.replace(f"{module}.", f"{part}.")
+            if name not in spots:
+                missing = name
+                continue
+            known = True
+            shape, spot = spots[name]
+            held = param.data[row : row + shape[0]]
+            row += shape[0]
+            if held.shape == shape:
+                gap = (held.flatten()[:: _stride(held)].float() - spot.float()).abs().max().item()
+                if not gap <= worst_gap:  # NaN counts as a difference
+                    worst, worst_gap = name, gap
+    if known and missing:
+        return f"{missing}: it was not among the tensors that were sent"
+    return worst and f"{worst}: entries differ by up to {worst_gap:.2g}"
+
+
+class HFSampler:
+    """The same interface on `transformers.generate`; slower, but runs wherever the policy does."""
+
+    def __init__(self, model: str, tokenizer, stop_ids, device, dtype, batch: int = 256):
+        from transformers import AutoModelForCausalLM
+
+        self.lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).requires_grad_(False)
+        self.tokenizer, self.stop_ids, self.dtype, self.batch, self.version = tokenizer, stop_ids, dtype, batch, 0
+
+    def generate(self, prompts, n, max_new_tokens, temperature, seed, top_p=1.0) -> list[list[Completion]]:
+        torch.manual_seed(seed)
+        groups, size = [], max(1, self.batch // n)
+        for start in range(0, len(prompts), size):
+            groups += self._generate(prompts[start : start + size], n, max_new_tokens, temperature, top_p)
+        return groups
+
+    def _generate(self, prompts, n, max_new_tokens, temperature, top_p):
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.lm.device)
+        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.lm.device)
+        banned = list(range(len(self.tokenizer), self.lm.config.vocab_size))
+        out = self.lm.generate(
+            ids, attention_mask=real, do_sample=temperature > 0, temperature=temperature or None, top_p=top_p, top_k=0,
+            num_return_sequences=n, max_new_tokens=max_new_tokens, eos_token_id=self.stop_ids, pad_token_id=0,
+            suppress_tokens=banned or None, output_scores=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        logps_BT = self.lm.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+        made = []
+        for sampled, logps in zip(out.sequences[:, width:].tolist(), logps_BT.tolist(), strict=True):
+            end = next((t for t, i in enumerate(sampled) if i in self.stop_ids), None)
+            length = len(sampled) if end is None else end + 1
+            text = self.tokenizer.decode(sampled[:length], skip_special_tokens=True)
+            finish = "length" if end is None else "stop"
+            made.append(Completion(sampled[:length], logps[:length], text, finish, self.version))
+        return [made[i : i + n] for i in range(0, len(made), n)]
+
+    def reload(self, weights, version):
+        mine = dict(self.lm.named_parameters())
+        self.version = None
+        for name, tensor in weights:
+            if name not in mine or mine[name].shape != tensor.shape:
+                raise SyncError(f"at step {version} the sampler has no tensor {name} of shape {tuple(tensor.shape)}")
+            mine.pop(name).data.copy_(tensor)
+        if mine:
+            raise SyncError(f"the reload at step {version} left out {', '.join(list(mine)[:3])}")
+        self.version = version
+
+    def sleep(self, level):
+        pass
+
+
+def load_sampler(kind: str, model: str, tokenizer, device, dtype, max_length: int, gpu_memory: float, sleep: bool):
+    """Starts the sampler `kind` ("vllm" or "hf"); ArgumentError, before anything long, where vLLM is not installed."""
+    from transformers import GenerationConfig
+
+    stop_ids = {tokenizer.eos_token_id}
+    with contextlib.suppress(OSError):  # not every model has one; Llama 3's adds <|eot_id|> here
+        more = GenerationConfig.from_pretrained(model).eos_token_id
+        stop_ids |= set(more if isinstance(more, list) else [more])
+    stop_ids = sorted(stop_ids - {None})
+    if not stop_ids:
+        raise ArgumentError(None, f"--model {model}: neither tokenizer nor generation config names an end token")
+    if kind == "hf":
+        return HFSampler(model, tokenizer, stop_ids, device, dtype)
+    return VLLMSampler(model, tokenizer, stop_ids, device, dtype, max_length, gpu_memory, sleep)
+
+
+def require(kind: str):
+    """Raises ArgumentError where the sampler `kind` is not installed; costs nothing, so it comes first."""
+    if kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ArgumentError(
+            None, "--sampler vllm: vLLM is not installed; install requirements-cpu.txt or pass --sampler hf"
+        )
+
+
+def self_test(
+    sampler, policy_logps: Callable, prompts: list[list[int]], max_new_tokens: int, temperature: float
+) -> dict[str, float]:
+    """Lets the sampler complete a fixed batch of prompts and scores what it wrote with the policy.
+
+    policy_logps: list of (prompt ids, completion ids) -> list of log-prob tensors; collective if the policy is sharded.
+    Returns sampler/logp_gap_mean and _max of |policy - sampler| over tokens (nats) on this rank; raises SyncError, with
+    the worst token, where they are beyond GAP_LIMITS of the sampler's dtype.
+    """
+    groups = sampler.generate(prompts, 1, max_new_tokens, temperature, seed=0)
+    sequences = [(prompt, group[0].ids) for prompt, group in zip(prompts, groups, strict=True)]
+    theirs = torch.cat([torch.tensor(group[0].logps) for group in groups])
+    gaps = (torch.cat(policy_logps(sequences)) - theirs).abs().nan_to_num(nan=float("inf"))
+    worst = int(gaps.argmax())
+    limit_mean, limit_max = GAP_LIMITS[sampler.dtype]
+    if gaps.mean() > limit_mean or gaps.max() > limit_max:
+        token = [i for _, completion in sequences for i in completion][worst]
+        raise SyncError(
+            f"the sampler does not hold the policy's weights (version {sampler.version}): log-probs of its own tokens "
+            f"differ by {gaps.mean():.2g} on average (limit {limit_mean:g}) and {gaps.max():.2g} at most "
+            f"(limit {limit_max:g}, token {sampler.tokenizer.decode([token])!r}, sampler {theirs[worst]:.4f})"
+        )
+    return {"sampler/logp_gap_mean": gaps.mean().item(), "sampler/logp_gap_max": gaps.max().item()}
