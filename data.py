@@ -8,6 +8,7 @@ and whatever else its owner keeps.
 """
 
 import functools
+import itertools
 import json
 import random
 from argparse import ArgumentError
@@ -29,8 +30,9 @@ class Row:
 class Prompts:
     """Rows of one or several sources in an endless order that depends on the seed alone.
 
-    An epoch is as many rows as all sources have together; source j gives a share proportional to its weight (by default
-    its size, so that an epoch is every row once) and goes on through its own shuffled order from epoch to epoch.
+    An epoch is as many rows as all sources have together; source j gives a share proportional to its weight
+    (by default its size, so that an epoch is every row once) and goes on through its own shuffled order from
+    epoch to epoch.
     """
 
     def __init__(self, sources: list[list[Row]], weights: list[float] | None, seed: int):
@@ -38,8 +40,10 @@ class Prompts:
         self.epoch_size = sum(len(source) for source in sources)
         weights = weights or [len(source) for source in sources]
         shares = [weight / sum(weights) * self.epoch_size for weight in weights]
-        edges = [round(sum(shares[:j])) for j in range(len(shares) + 1)]  # rounded edges, so that shares add up
-        self.shares = [right - left for left, right in zip(edges, edges[1:], strict=False)]
+        edges = [
+            round(sum(shares[:j])) for j in range(len(shares) + 1)
+        ]  # rounded edges, so that shares add up
+        self.shares = [right - left for left, right in itertools.pairwise(edges)]
         self._epoch = functools.lru_cache(maxsize=2)(self._epoch)
 
     def _epoch(self, epoch: int) -> list[tuple[int, int]]:
@@ -47,12 +51,16 @@ class Prompts:
         order = []
         for j, (source, share) in enumerate(zip(self.sources, self.shares, strict=True)):
             for k in range(epoch * share, (epoch + 1) * share):
-                order.append((j, _permutation(len(source), f"{self.seed} {j} {k // len(source)}")[k % len(source)]))
+                order.append(
+                    (j, _permutation(len(source), f"{self.seed} {j} {k // len(source)}")[k % len(source)])
+                )
         random.Random(f"{self.seed} mix {epoch}").shuffle(order)
         return order
 
     def take(self, cursor: int, count: int) -> list[Row]:
-        """`count` rows from position `cursor` on; position = rows used so far over all ranks, the only state there is."""
+        """`count` rows from position `cursor` on; position = rows used so far over all ranks, the only state
+        there is.
+        """
         places = [divmod(position, self.epoch_size) for position in range(cursor, cursor + count)]
         pairs = [self._epoch(epoch)[offset] for epoch, offset in places]
         return [self.sources[j][i] for j, i in pairs]
@@ -66,11 +74,17 @@ def _permutation(n: int, key: str) -> list[int]:
 
 
 def load_prompts(
-    sources: list[str], tokenizer, check: Callable[[dict], str | None], max_tokens: int, progress: bool = False
+    sources: list[str],
+    tokenizer,
+    check: Callable[[dict], str | None],
+    max_tokens: int,
+    progress: bool = False,
 ) -> tuple[list[list[Row]], int]:
-    """Loads, checks and tokenizes; returns (the rows of each source, how many were dropped for being too long).
+    """Loads, checks and tokenizes; returns (the rows of each source, how many were dropped for being too
+    long).
 
-    sources: .jsonl or .parquet files, or datasets on the hub as `name` or `name:split` (default split: train).
+    sources: .jsonl or .parquet files, or datasets on the hub as `name` or `name:split` (default split:
+    train).
     check: what is wrong with the reward fields of a raw row, or None (rewards.complaint).
     max_tokens: a longer prompt is dropped, never cut: a cut problem has another answer.
     Raises ArgumentError that names the source and the line or row of the first fault.
@@ -91,10 +105,14 @@ def _load(source, tokenizer, check, max_tokens, progress) -> tuple[list[Row], in
         try:
             texts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         except Exception as error:  # templates raise what they like: jinja2's TemplateError, TypeError, ...
-            raise ArgumentError(None, f"{source}, {where} {number}: the chat template refuses it ({error})") from error
+            raise ArgumentError(
+                None, f"{source}, {where} {number}: the chat template refuses it ({error})"
+            ) from error
     if not raw:
         raise ArgumentError(None, f"{source}: no rows in it")
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written the special tokens already
+    ids = tokenizer(texts, add_special_tokens=False)[
+        "input_ids"
+    ]  # the template has written the special tokens already
     rows = [
         Row(row["prompt"], i, row["reward"], None if row.get("answer") is None else str(row["answer"]))
         for (_, row), i in zip(raw, ids, strict=True)
@@ -108,6 +126,20 @@ def _load(source, tokenizer, check, max_tokens, progress) -> tuple[list[Row], in
     return rows, len(ids) - len(rows)
 
 
+def load_rollouts(path: Path, completion: type) -> list[tuple[Row, list]]:
+    """The (row, completions) groups that --save-rollouts wrote; `completion` is made from each one's fields."""
+    groups = []
+    for number, line in read_jsonl(path):
+        try:
+            row = Row(line["prompt"], line["ids"], line["reward"], line["answer"])
+            groups.append((row, [completion(**fields) for fields in line["completions"]]))
+        except (KeyError, TypeError) as error:
+            raise ArgumentError(None, f"{path}, line {number}: not a saved rollout ({error})") from error
+    if not groups:
+        raise ArgumentError(None, f"{path}: no rollouts in it")
+    return groups
+
+
 def _prompt_complaint(row) -> str | None:
     """What is wrong with a raw row's prompt, or None."""
     if not isinstance(row, dict):
@@ -119,7 +151,9 @@ def _prompt_complaint(row) -> str | None:
         return None
     if isinstance(prompt, list) and prompt:
         for message in prompt:
-            if not (isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message):
+            if not (
+                isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
+            ):
                 return f"`prompt` holds a message without role and content: {json.dumps(message)[:80]}"
         return None if prompt[-1]["role"] == "user" else "`prompt` must end with a message of the user"
     return f"`prompt` must be a text or a list of messages, not {json.dumps(prompt)[:80]}"

@@ -1,7 +1,8 @@
-"""The model being trained: process start, FSDP2 sharding, log-probs in chunks, full weights one by one, export.
+"""The model being trained: process start, FSDP2 sharding, log-probs in chunks, full weights one by one,
+export.
 
-Shapes: B sequences of L tokens (prompt, completion, padding on the right); T = L - 1 target positions (position t holds
-the token that follows t); N completion tokens of a batch; H hidden size; V vocabulary.
+Shapes: B sequences of L tokens (prompt, completion, padding on the right); T = L - 1 target positions
+(position t holds the token that follows t); N completion tokens of a batch; H hidden size; V vocabulary.
 """
 
 import itertools
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -25,7 +27,9 @@ CHUNK_LOGITS = 2**25  # logits that exist at one time: 128 MiB in float32, 261 t
 
 
 def start() -> tuple[int, int, torch.device]:
-    """Joins the process group that torchrun describes (or a group of one); returns (rank, world size, device)."""
+    """Joins the process group that torchrun describes (or a group of one); returns (rank, world size,
+    device).
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -35,11 +39,14 @@ def start() -> tuple[int, int, torch.device]:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if dist.get_rank():
+        transformers.logging.disable_progress_bar()
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def stop():
-    dist.destroy_process_group()
+    if dist.is_initialized():  # vLLM's shutdown has taken it down already
+        dist.destroy_process_group()
 
 
 def gather(items: list) -> list:
@@ -57,7 +64,9 @@ def sum_over_ranks(sums: Counter) -> Counter:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What forward passes run in, the sampler's included; master weights and gradient sums are float32 everywhere."""
+    """What forward passes run in, the sampler's included; master weights and gradient sums are float32
+    everywhere.
+    """
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -68,7 +77,9 @@ def load_tokenizer(model: str):
     except (OSError, ValueError) as error:
         raise ArgumentError(None, f"--model {model}: no model there ({_first_line(error)})") from error
     if not tokenizer.chat_template:
-        raise ArgumentError(None, f"--model {model}: its tokenizer has no chat template; use an instruct model")
+        raise ArgumentError(
+            None, f"--model {model}: its tokenizer has no chat template; use an instruct model"
+        )
     return tokenizer
 
 
@@ -86,10 +97,11 @@ class Policy(nn.Module):
     def forward(self, ids_BL, prompt_B, length_B):
         """Log-prob of every completion token under softmax(logits / temperature) over the tokenizer's ids.
 
-        ids_BL: int64, padded on the right, values of the padding are never read by a real token (causal attention).
+        ids_BL: int64, padded on the right, values of the padding are never read by a real token (causal
+        attention).
         prompt_B, length_B: int64, tokens of the prompt and of prompt + completion.
-        Returns float32 logps_BT and entropy_BT (nats, no gradient), 0 outside the mask, and the bool mask_BT, which is
-        true where the target is a completion token, the end token included.
+        Returns float32 logps_BT and entropy_BT (nats, no gradient), 0 outside the mask, and the bool mask_BT,
+        which is true where the target is a completion token, the end token included.
         """
         hidden_BLH = self.lm.get_decoder()(input_ids=ids_BL, use_cache=False).last_hidden_state
         position_T = torch.arange(1, ids_BL.shape[1], device=ids_BL.device)
@@ -114,14 +126,17 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def logps(self, sequences: list[tuple[list[int], list[int]]], max_tokens=2**14) -> list[torch.Tensor]:
-        """Log-probs of each (prompt ids, completion ids) as float32 [len(completion)] on the CPU, without gradient.
+        """Log-probs of each (prompt ids, completion ids) as float32 [len(completion)] on the CPU, without
+        gradient.
 
         Every rank must call it together, with as many sequences as it has (none is fine).
         """
         out = [torch.zeros(0)] * len(sequences)
         for batch in micro_batches([len(p) + len(c) for p, c in sequences], 1, max_tokens):
             logps_BT, _, mask_BT = self(*collate([sequences[i] for i in batch], self.device))
-            for i, logps_T, mask_T in zip(batch, logps_BT, mask_BT, strict=False):  # an empty batch has one dummy row
+            for i, logps_T, mask_T in zip(
+                batch, logps_BT, mask_BT, strict=False
+            ):  # an empty batch has one dummy row
                 out[i] = logps_T[mask_T].cpu()
         return out
 
@@ -130,19 +145,27 @@ class Policy(nn.Module):
         return next(self.parameters()).device
 
     def snapshot(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """A copy of this rank's shards in host memory, cast to `dtype`: enough to bring these very weights back."""
+        """A copy of this rank's shards in host memory, cast to `dtype`: enough to bring these very weights
+        back.
+        """
         return [p.detach().to_local().to("cpu", dtype, copy=True) for p in self.lm.parameters()]
 
     @torch.no_grad()
     def restore(self, shards: list[torch.Tensor]):
-        """Takes over a snapshot of a policy of the same model on the same ranks (the reference follows with this)."""
+        """Takes over a snapshot of a policy of the same model on the same ranks (the reference follows with
+        this).
+        """
         for p, shard in zip(self.lm.parameters(), shards, strict=True):
             p.to_local().copy_(shard)
 
-    def full_weights(self, dtype: torch.dtype, shards: list | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) of each parameter, one at a time, so that no rank holds two full copies.
+    def full_weights(
+        self, dtype: torch.dtype, shards: list | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, whole tensor) of each parameter, one at a time, so that no rank holds two full
+        copies.
 
-        Collective: every rank must exhaust it. `shards` walks a snapshot instead of the weights of now. The cast comes
+        Collective: every rank must exhaust it. `shards` walks a snapshot instead of the weights of now. The
+        cast comes
         before the gathering: it halves what is sent. Tied matrices come once, under their first name.
         """
         for i, (name, p) in enumerate(self.lm.named_parameters()):
@@ -155,8 +178,8 @@ class Policy(nn.Module):
     def export(self, directory: Path, tokenizer):
         """Writes an ordinary Hugging Face directory in the dtype of the original; collective, rank 0 writes.
 
-        The tensors are gathered one at a time into rank 0's host memory; the directory appears under its name only when
-        it is complete.
+        The tensors are gathered one at a time into rank 0's host memory; the directory appears under its name
+        only when it is complete.
         """
         dtype = self.lm.config.dtype
         keep = dist.get_rank() == 0
@@ -174,13 +197,18 @@ class Policy(nn.Module):
 
 
 def load_policy(
-    model: str, device: torch.device, vocab: int, temperature: float, trainable=True, activation_checkpointing=False
+    model: str,
+    device: torch.device,
+    vocab: int,
+    temperature: float,
+    trainable=True,
+    activation_checkpointing=False,
 ) -> Policy:
     """Loads and shards a model; a reference is loaded the same way with trainable=False.
 
     vocab: ids below it may be sampled (the tokenizer's length; a model's matrix is often padded beyond it).
-    Trainable: float32 master weights, computing in bfloat16 on a GPU. Not trainable: weights in the computing dtype.
-    Raises ArgumentError for a model that cannot be loaded or whose layers cannot be found.
+    Trainable: float32 master weights, computing in bfloat16 on a GPU. Not trainable: weights in the computing
+    dtype. Raises ArgumentError for a model that cannot be loaded or whose layers cannot be found.
     """
     try:
         lm = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
@@ -193,7 +221,9 @@ def load_policy(
     if activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers:
-            layer.training = True  # the layer's own flag turns recomputation on; its children stay in eval mode
+            layer.training = (
+                True  # the layer's own flag turns recomputation on; its children stay in eval mode
+            )
     dtype = torch.float32 if trainable else compute_dtype(device)
     policy = Policy(lm, vocab, temperature)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -213,10 +243,12 @@ def clip_gradients(policy: Policy, max_norm: float) -> float:
 def micro_batches(widths: list[int], rows: int, max_tokens: int) -> list[list[int]]:
     """Packs units into micro-batches of at most `max_tokens` padded tokens; returns the indices of each.
 
-    A unit is `rows` sequences that must meet in one forward (2 for a DPO pair), the longest of widths[i] tokens.
-    Longest first: what does not fit in memory fails at once, and neighbours differ little, so little is padding.
-    Collective: every rank gets the same number, since each forward and backward is a collective; ranks that run out get
-    empty ones, for which `collate` makes a dummy.
+    A unit is `rows` sequences that must meet in one forward (2 for a DPO pair), the longest of widths[i]
+    tokens.
+    Longest first: what does not fit in memory fails at once, and neighbours differ little, so little is
+    padding.
+    Collective: every rank gets the same number, since each forward and backward is a collective; ranks that
+    run out get empty ones, for which `collate` makes a dummy.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(widths)), key=lambda i: -widths[i]):
@@ -231,8 +263,8 @@ def micro_batches(widths: list[int], rows: int, max_tokens: int) -> list[list[in
 def collate(sequences: list[tuple[list[int], list[int]]], device: torch.device) -> tuple[torch.Tensor, ...]:
     """(prompt ids, completion ids) pairs to (ids_BL, prompt_B, length_B), the inputs of Policy.forward.
 
-    No sequences: one dummy row of two tokens, so that the rank takes part in the collectives of the pass; the caller
-    gives it no weight.
+    No sequences: one dummy row of two tokens, so that the rank takes part in the collectives of the pass; the
+    caller gives it no weight.
     """
     sequences = sequences or [([0], [0])]
     lengths = [len(prompt) + len(completion) for prompt, completion in sequences]

@@ -1,9 +1,10 @@
 """What an answer is worth: one row at a time, in worker processes that are killed at a deadline.
 
-`math` hands model output to a computer algebra system: an answer like 9^9^9^9 never returns, or takes all memory. So
-every reward runs in a child process of its own (this file, run as a script: it imports neither torch nor vLLM). What
-overruns the deadline or the memory limit, or breaks its worker, is scored None: such a sample leaves its group and is
-counted, it is never scored 0.
+`math` hands model output to a computer algebra system: an answer like 9^9^9^9 never returns, or takes all
+memory. So every reward runs in a child process of its own (this file, run as a script: it imports neither
+torch nor vLLM). What
+overruns the deadline or the memory limit, or breaks its worker, is scored None: such a sample leaves its
+group and is counted, it is never scored 0.
 """
 
 import functools
@@ -45,11 +46,13 @@ def _plain(number: str) -> str:
 
 
 def math_verify(answer: str, text: str) -> float:
-    """Math-Verify with the paper's settings (original code, `_rewards.py`): 1 or 0, no bonus for form or length.
+    """Math-Verify with the paper's settings (original code, `_rewards.py`): 1 or 0, no bonus for form or
+    length.
 
-    Its own time limits are off, because there a time-out counts as a wrong answer: the worker's deadline stands in. An
-    answer that sympy cannot handle is wrong, as in the original code; one that runs out of memory or stack has no
-    verdict. Raises ValueError where the reference answer cannot be parsed: that says nothing about the completion.
+    Its own time limits are off, because there a time-out counts as a wrong answer: the worker's deadline
+    stands in. An answer that sympy cannot handle is wrong, as in the original code; one that runs out of
+    memory or stack has no verdict. Raises ValueError where the reference answer cannot be parsed: that says
+    nothing about the completion.
     """
     from math_verify import parse, verify
 
@@ -86,7 +89,11 @@ def _math_configs():
     return (gold,), (LatexExtractionConfig(boxed_match_priority=0),)
 
 
-REWARDS = {"exact": exact, "gsm8k": gsm8k, "math": math_verify}  # (reference answer, completion text) -> reward
+REWARDS = {
+    "exact": exact,
+    "gsm8k": gsm8k,
+    "math": math_verify,
+}  # (reference answer, completion text) -> reward
 
 
 def complaint(row: dict) -> str | None:
@@ -102,7 +109,8 @@ def complaint(row: dict) -> str | None:
 
 
 class Scorer:
-    """Scores (reward, answer, text) jobs in `workers` child processes with a deadline of `timeout` seconds an answer.
+    """Scores (reward, answer, text) jobs in `workers` child processes with a deadline of `timeout` seconds an
+    answer.
 
     kinds: the names of the rewards that will be asked for, so that a worker imports only what they need.
     """
@@ -115,12 +123,23 @@ class Scorer:
             self.idle.put(self._spawn())
 
     def __call__(self, jobs: list[tuple[str, str, str]]) -> list[float | None]:
-        """The reward of each (reward name, reference answer, completion text), or None where it could not be had."""
+        """The reward of each (reward name, reference answer, completion text), or None where it could not be
+        had.
+        """
         batches = [jobs[i : i + BATCH] for i in range(0, len(jobs), BATCH)]
         return [reward for batch in self.threads.map(self._score, batches) for reward in batch]
 
+    def score(self, groups: list):
+        """Fills in `reward` of every completion of (row, completions) groups."""
+        todo = [(row, c) for row, completions in groups for c in completions]
+        results = self([(row.reward, row.answer, c.text) for row, c in todo])
+        for (_, completion), reward in zip(todo, results, strict=True):
+            completion.reward = reward
+
     def _score(self, jobs) -> list[float | None]:
-        """Sends the jobs in one line, reads a line a reward; kills the worker that is late and goes on after that job."""
+        """Sends the jobs in one line, reads a line a reward; kills the worker that is late and goes on after
+        that job.
+        """
         rewards: list[float | None] = []
         worker = self.idle.get()
         try:
@@ -130,7 +149,9 @@ class Scorer:
                 if not worker.ready:  # imports take a while and are not the answer's fault
                     worker.ready = self._line(worker, timeout=120) == "ready"
                     if not worker.ready:
-                        raise RuntimeError("a reward worker did not start; run `python rewards.py math` to see why")
+                        raise RuntimeError(
+                            "a reward worker did not start; run `python rewards.py math` to see why"
+                        )
                 try:
                     worker.stdin.write(json.dumps(jobs[len(rewards) :]).encode() + b"\n")
                 except BrokenPipeError:  # it died while idle, which is no answer's fault
@@ -160,7 +181,9 @@ class Scorer:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, os.path.abspath(__file__), *sorted(self.kinds)]
         # bufsize 0: select must not overlook lines that Python has already read ahead
-        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment)
+        worker = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment
+        )
         worker.ready = False
         return worker
 
@@ -177,7 +200,9 @@ def work():
     import resource
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes the pipe in the end
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the trainer, which closes the pipe in the end
     logging.disable(logging.WARNING)  # Math-Verify warns about each answer that it cannot read
     if "math" in sys.argv[1:]:
         math_verify("1", "$1$")  # imports and caches what the first answer would otherwise pay for
@@ -189,7 +214,9 @@ def work():
         for name, answer, text in json.loads(line):
             try:
                 reward = REWARDS[name](answer, text)
-            except Exception:  # MemoryError, RecursionError, ValueError, ...: no verdict, which is not a wrong answer
+            except (
+                Exception
+            ):  # MemoryError, RecursionError, ValueError, ...: no verdict, which is not a wrong answer
                 reward = None
             out.write(json.dumps(reward if reward is not None and math.isfinite(reward) else None) + "\n")
 

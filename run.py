@@ -1,6 +1,8 @@
-"""What a run leaves behind: its directory, args.json, metrics.jsonl, samples.jsonl, rollouts; and how it ends.
+"""What a run leaves behind: its directory, args.json, metrics.jsonl, samples.jsonl, rollouts; and how it
+ends.
 
-Only rank 0 writes. Every line of a .jsonl file goes out in one write, so that a kill never leaves half a line.
+Only rank 0 writes. Every line of a .jsonl file goes out in one write, so that a kill never leaves half a
+line.
 """
 
 import json
@@ -38,9 +40,13 @@ class Run:
             raise ArgumentError(None, f"--out {self.directory}: a file, not a directory")
         for file in ("args.json", "metrics.jsonl"):
             if (self.directory / file).exists():
-                raise ArgumentError(None, f"--out {self.directory}: already holds a run ({file}); name another directory")
+                raise ArgumentError(
+                    None, f"--out {self.directory}: already holds a run ({file}); name another directory"
+                )
         if args.save_rollouts and args.save_rollouts.exists():
-            raise ArgumentError(None, f"--save-rollouts {args.save_rollouts}: exists already; name another file")
+            raise ArgumentError(
+                None, f"--save-rollouts {args.save_rollouts}: exists already; name another file"
+            )
         for path in filter(None, (self.directory, args.save_rollouts)):
             parent = next(p for p in path.absolute().parents if p.exists())
             try:
@@ -55,7 +61,10 @@ class Run:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         commit = subprocess.run(
-            ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+            ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
         ).stdout.strip()
         facts = {
             "command": sys.argv, "args": vars(self.args), "ranks": world, "commit": commit or None,
@@ -76,8 +85,8 @@ class Run:
             tqdm.write(text)
 
     def record_rollouts(self, step: int, groups: list):
-        """groups: (row, completions) of the whole step. --log-samples of their answers go to samples.jsonl, all of them
-        to --save-rollouts in the form that `read_rollouts` takes."""
+        """groups: (row, completions) of the whole step. --log-samples of their answers go to samples.jsonl,
+        all of them to --save-rollouts in the form that `read_rollouts` takes."""
         if not self.writes:
             return
         left = self.args.log_samples
@@ -86,9 +95,13 @@ class Run:
                 if left:
                     left -= 1
                     what = {"prompt": row.prompt, "text": c.text, "reward": c.reward, "answer": row.answer}
-                    self.record({"step": step, **what, "finish": c.finish, "version": c.version}, "samples.jsonl")
+                    self.record(
+                        {"step": step, **what, "finish": c.finish, "version": c.version}, "samples.jsonl"
+                    )
         if self.args.save_rollouts:
-            entries = [{"step": step, **asdict(row), "completions": list(map(asdict, cs))} for row, cs in groups]
+            entries = [
+                {"step": step, **asdict(row), "completions": list(map(asdict, cs))} for row, cs in groups
+            ]
             with open(self.args.save_rollouts, "a", encoding="utf-8") as lines:
                 lines.write("".join(json.dumps(entry) + "\n" for entry in entries))
 
@@ -140,8 +153,12 @@ def group_metrics(sums: Counter) -> dict[str, float]:
 
 def timings(clock: list[float], sums: Counter) -> dict[str, float]:
     """Seconds of the step's parts from the times at their borders, and tokens per second over all ranks."""
-    parts = dict(zip(("sync", "sample", "score", "update"), map(float.__sub__, clock[1:], clock), strict=True))
-    metrics = {f"time/{name}": seconds for name, seconds in parts.items()} | {"time/step": clock[-1] - clock[0]}
+    parts = dict(
+        zip(("sync", "sample", "score", "update"), map(float.__sub__, clock[1:], clock), strict=True)
+    )
+    metrics = {f"time/{name}": seconds for name, seconds in parts.items()} | {
+        "time/step": clock[-1] - clock[0]
+    }
     if sums["sampled"]:  # steps that were generated ahead of time have nothing to sample
         metrics["tokens_per_second/sample"] = sums["sampled"] / parts["sample"]
     if sums["trained"]:

@@ -1,11 +1,13 @@
 """The model that answers: vLLM in this process, its weights replaced in place, and the test that they were.
 
-One engine per rank, on the rank's own device. Every vLLM call of the project is in this file: `LLM`, `generate`,
-`collective_rpc("reload_weights")`, `apply_model`, `reset_prefix_cache`, `sleep` and `wake_up`, all public in vLLM 0.32.
-`HFSampler` is the same interface on transformers, for machines without vLLM and as the oracle of the tests.
+One engine per rank, on the rank's own device. Every vLLM call of the project is in this file: `LLM`,
+`generate`, `collective_rpc("reload_weights")`, `apply_model`, `reset_prefix_cache`, `sleep` and `wake_up`,
+all public in vLLM 0.32. `HFSampler` is the same interface on transformers, for machines without vLLM and as
+the oracle of the tests.
 """
 
 import contextlib
+import gc
 import importlib.util
 import os
 from argparse import ArgumentError
@@ -14,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Expected |policy - sampler| log-prob of a token right after a reload, as (mean, max) nats: float32 differs in the order
-# of sums only; in bfloat16 single tokens differ by tenths, but they average out.
+# Expected |policy - sampler| log-prob of a token right after a reload, as (mean, max) nats: float32 differs
+# in the order of sums only; in bfloat16 single tokens differ by tenths, but they average out.
 GAP_LIMITS = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (0.05, 2.0)}
 SPOTS = 4096  # entries of each tensor that are read back from the engine after a reload
 
@@ -37,20 +39,32 @@ class Completion:
 class VLLMSampler:
     """An in-process vLLM engine.
 
-    model: directory or hub name; stop_ids: token ids that end a completion; max_length: prompt + completion, tokens;
-    gpu_memory: vLLM's share of the GPU (weights and KV cache); dtype: float32 or bfloat16, the policy's computing dtype.
+    model: directory or hub name; stop_ids: token ids that end a completion; max_length: prompt + completion,
+    tokens;
+    gpu_memory: vLLM's share of the GPU (weights and KV cache); dtype: float32 or bfloat16, the policy's
+    computing dtype.
     """
 
-    def __init__(self, model: str, tokenizer, stop_ids, device, dtype, max_length: int, gpu_memory: float, sleep: bool):
-        # The settings of vLLM, all of them read at import: one process, and on a CPU 1 GiB of KV cache instead of a
-        # large share of the memory, without binding threads to cores that the policy needs as well.
+    def __init__(
+        self, model: str, tokenizer, stop_ids, device, dtype, max_length: int, gpu_memory: float, sleep: bool
+    ):
+        # The settings of vLLM, all of them read at import: one process, and on a CPU 1 GiB of KV cache
+        # instead of a large share of the memory, without binding threads to cores that the policy needs as
+        # well.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if device.type == "cpu":
+            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # saves 4 s; a GPU needs it, for CUDA graphs
         from vllm import LLM, SamplingParams
 
-        self.SamplingParams, self.tokenizer, self.stop_ids, self.dtype = SamplingParams, tokenizer, stop_ids, dtype
+        self.SamplingParams, self.tokenizer, self.stop_ids, self.dtype = (
+            SamplingParams,
+            tokenizer,
+            stop_ids,
+            dtype,
+        )
         self.version, self.asleep, self.can_sleep = 0, 0, sleep and device.type == "cuda"
         self.llm = LLM(
             model,
@@ -69,9 +83,17 @@ class VLLMSampler:
         )
 
     def generate(
-        self, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float, seed: int, top_p: float = 1.0
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        top_p: float = 1.0,
     ) -> list[list[Completion]]:
-        """`n` completions of each prompt (token ids), in order. The same call with the same seed draws the same."""
+        """`n` completions of each prompt (token ids), in order. The same call with the same seed draws the
+        same.
+        """
         if not prompts:
             return []
         if self.asleep:
@@ -101,10 +123,13 @@ class VLLMSampler:
     def reload(self, weights: Iterable[tuple[str, torch.Tensor]], version: int):
         """Replaces all weights in place with (Hugging Face name, tensor) pairs, read one at a time.
 
-        Raises SyncError where the engine's own tensors do not hold them afterwards. Afterwards the engine is awake.
+        Raises SyncError where the engine's own tensors do not hold them afterwards. Afterwards the engine is
+        awake.
         """
         self.version = None  # if this fails half-way, the engine holds nobody's weights
-        if self.asleep:  # weights first: their memory and the KV cache's need not exist while tensors are gathered
+        if (
+            self.asleep
+        ):  # weights first: their memory and the KV cache's need not exist while tensors are gathered
             self.llm.wake_up(tags=["weights"])
         spots = {}
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _note_spots(weights, spots)})
@@ -117,8 +142,15 @@ class VLLMSampler:
             raise SyncError(f"after the reload at step {version} vLLM does not hold the policy's {complaint}")
         self.version = version
 
+    def close(self):
+        """Ends the engine. vLLM takes torch's process groups down with it, so this comes last."""
+        self.llm = None
+        gc.collect()  # its shutdown hangs on its last reference, and there are cycles
+
     def sleep(self, level: int):
-        """Frees the GPU for training: 1 keeps the weights in host memory, 2 drops them (version is then None)."""
+        """Frees the GPU for training: 1 keeps the weights in host memory, 2 drops them (version is then
+        None).
+        """
         if self.can_sleep and not self.asleep:
             self.llm.sleep(level)
             self.asleep = level
@@ -126,7 +158,9 @@ class VLLMSampler:
 
 
 def _ban_ids_from(vocab: int):
-    """A vLLM logits processor: ids that the tokenizer does not have (a padded output matrix) are never sampled."""
+    """A vLLM logits processor: ids that the tokenizer does not have (a padded output matrix) are never
+    sampled.
+    """
     from vllm.v1.sample.logits_processor import LogitsProcessor
 
     class BanPaddedIds(LogitsProcessor):
@@ -158,10 +192,12 @@ def _stride(tensor) -> int:
 
 
 def _complaint(model, spots: dict) -> str | None:
-    """Compares the noted entries with vLLM's own tensors; names the tensor that was not sent or differs most, or None.
+    """Compares the noted entries with vLLM's own tensors; names the tensor that was not sent or differs most,
+    or None.
 
-    vLLM joins some matrices by rows (q, k and v; gate and up). Tensors that a kernel has repacked cannot be read back (on
-    a CPU, those of all linear layers), and names may differ (multimodal models): then the log-probs have to tell.
+    vLLM joins some matrices by rows (q, k and v; gate and up). Tensors that a kernel has repacked cannot be
+    read back (on a CPU, those of all linear layers), and names may differ (multimodal models): then the
+    log-probs have to tell.
     """
     joined = getattr(model, "packed_modules_mapping", {})
     missing, worst, worst_gap, known = None, None, 0.0, False
@@ -193,7 +229,13 @@ class HFSampler:
         from transformers import AutoModelForCausalLM
 
         self.lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).requires_grad_(False)
-        self.tokenizer, self.stop_ids, self.dtype, self.batch, self.version = tokenizer, stop_ids, dtype, batch, 0
+        self.tokenizer, self.stop_ids, self.dtype, self.batch, self.version = (
+            tokenizer,
+            stop_ids,
+            dtype,
+            batch,
+            0,
+        )
 
     def generate(self, prompts, n, max_new_tokens, temperature, seed, top_p=1.0) -> list[list[Completion]]:
         torch.manual_seed(seed)
@@ -227,7 +269,9 @@ class HFSampler:
         self.version = None
         for name, tensor in weights:
             if name not in mine or mine[name].shape != tensor.shape:
-                raise SyncError(f"at step {version} the sampler has no tensor {name} of shape {tuple(tensor.shape)}")
+                raise SyncError(
+                    f"at step {version} the sampler has no tensor {name} of shape {tuple(tensor.shape)}"
+                )
             mine.pop(name).data.copy_(tensor)
         if mine:
             raise SyncError(f"the reload at step {version} left out {', '.join(list(mine)[:3])}")
@@ -236,9 +280,16 @@ class HFSampler:
     def sleep(self, level):
         pass
 
+    def close(self):
+        pass
 
-def load_sampler(kind: str, model: str, tokenizer, device, dtype, max_length: int, gpu_memory: float, sleep: bool):
-    """Starts the sampler `kind` ("vllm" or "hf"); ArgumentError, before anything long, where vLLM is not installed."""
+
+def load_sampler(
+    kind: str, model: str, tokenizer, device, dtype, max_length: int, gpu_memory: float, sleep: bool
+):
+    """Starts the sampler `kind` ("vllm" or "hf"); ArgumentError, before anything long, where vLLM is not
+    installed.
+    """
     from transformers import GenerationConfig
 
     stop_ids = {tokenizer.eos_token_id}
@@ -247,7 +298,9 @@ def load_sampler(kind: str, model: str, tokenizer, device, dtype, max_length: in
         stop_ids |= set(more if isinstance(more, list) else [more])
     stop_ids = sorted(stop_ids - {None})
     if not stop_ids:
-        raise ArgumentError(None, f"--model {model}: neither tokenizer nor generation config names an end token")
+        raise ArgumentError(
+            None, f"--model {model}: neither tokenizer nor generation config names an end token"
+        )
     if kind == "hf":
         return HFSampler(model, tokenizer, stop_ids, device, dtype)
     return VLLMSampler(model, tokenizer, stop_ids, device, dtype, max_length, gpu_memory, sleep)
@@ -266,9 +319,9 @@ def self_test(
 ) -> dict[str, float]:
     """Lets the sampler complete a fixed batch of prompts and scores what it wrote with the policy.
 
-    policy_logps: list of (prompt ids, completion ids) -> list of log-prob tensors; collective if the policy is sharded.
-    Returns sampler/logp_gap_mean and _max of |policy - sampler| over tokens (nats) on this rank; raises SyncError, with
-    the worst token, where they are beyond GAP_LIMITS of the sampler's dtype.
+    policy_logps: list of (prompt ids, completion ids) -> list of log-prob tensors; collective if the policy
+    is sharded. Returns sampler/logp_gap_mean and _max of |policy - sampler| over tokens (nats) on this rank;
+    raises SyncError, with the worst token, where they are beyond GAP_LIMITS of the sampler's dtype.
     """
     groups = sampler.generate(prompts, 1, max_new_tokens, temperature, seed=0)
     sequences = [(prompt, group[0].ids) for prompt, group in zip(prompts, groups, strict=True)]

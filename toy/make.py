@@ -2,9 +2,10 @@
 
     python toy/make.py            # about 3 minutes on 2 CPU cores, no network; the same files every time
 
-Why half learned: the warm start is where RL begins, and it decides what RL can show. A model that was first taught
-right answers and then made noisy only has to be sharpened, and offline training ends as high as online. This one is
-trained on answers of which 60 % are wrong from the beginning, so it samples the right answer about one time in four
+Why half learned: the warm start is where RL begins, and it decides what RL can show. A model that was first
+taught right answers and then made noisy only has to be sharpened, and offline training ends as high as
+online. This one is trained on answers of which 60 % are wrong from the beginning, so it samples the right
+answer about one time in four
 and still has to learn: that is what needs fresh samples, and where offline training falls behind.
 """
 
@@ -48,7 +49,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def warm_start(tokenizer, problems: list[tuple[int, int]], steps: int, batch: int, seed: int) -> LlamaForCausalLM:
+def warm_start(
+    tokenizer, problems: list[tuple[int, int]], steps: int, batch: int, seed: int
+) -> LlamaForCausalLM:
     """Next-token training on noisy sums; `problems` are the (a, b) of the training prompts."""
     torch.manual_seed(seed)
     random_ = random.Random(seed)
@@ -72,7 +75,9 @@ def warm_start(tokenizer, problems: list[tuple[int, int]], steps: int, batch: in
         ids = torch.tensor([p + c + [pad] * (width - len(p) - len(c)) for p, c in rows])
         labels = torch.tensor([[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in rows])
         logits = model(input_ids=ids).logits[:, :-1]
-        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100)
+        loss = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -94,8 +99,13 @@ def probability_right(model, tokenizer, problems: list[tuple[int, int]]) -> floa
     """The exact chance that a sampled answer is right, averaged over `problems` (no sampling needed)."""
     total = 0.0
     for a, b in problems:
-        prompt, answer = chat_ids(tokenizer, f"{a}+{b}="), tokenizer.encode(str(a + b)) + [tokenizer.eos_token_id]
-        logps = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        prompt, answer = (
+            chat_ids(tokenizer, f"{a}+{b}="),
+            tokenizer.encode(str(a + b)) + [tokenizer.eos_token_id],
+        )
+        logps = (
+            model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        )
         total += math.exp(logps.gather(-1, torch.tensor(answer)[:, None]).sum().item())
     return total / len(problems)
 
@@ -124,8 +134,12 @@ def main():
     model.save_pretrained(args.out / "model")
     (args.out / "model" / "model.safetensors").chmod(0o644)
     right = probability_right(model, tokenizer, valid)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; held-out answers sampled right: {right:.3f}")
-    print(f"wrote {args.out}/model, train.jsonl ({len(train)}), valid.jsonl ({VALID}) in {time.time() - started:.0f} s")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; held-out answers sampled right: {right:.3f}"
+    )
+    print(
+        f"wrote {args.out}/model, train.jsonl ({len(train)}), valid.jsonl ({VALID}) in {time.time() - started:.0f} s"
+    )
 
 
 if __name__ == "__main__":
