@@ -60,7 +60,7 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--eval-data", nargs="+", default=[str(TOY / "valid.jsonl")], help="rows for validation accuracy")
     add("--out", type=Path, help="run directory (default: runs/dpo-s<sync-steps>-<time>)")
     # how long, and the dial
-    add("--steps", type=count, default=400, help="optimizer steps; paper: 1500 chat, maths not stated")
+    add("--steps", type=count, default=300, help="optimizer steps; paper: 1500 chat, maths not stated")
     add("--sync-steps", type=runs.number(int, inf=True), default=1,
         help="optimizer steps between reloads of the sampler: 1 online, inf offline")
     add("--sync-ref", action=switch, default=True,
