@@ -127,7 +127,7 @@ def _load(source, tokenizer, check, max_tokens, progress) -> tuple[list[Row], in
 
 
 def load_rollouts(path: Path, completion: type) -> list[tuple[Row, list]]:
-    """The (row, completions) groups that --save-rollouts wrote; `completion` is made from each one's fields."""
+    """The (row, completions) groups that --save-rollouts wrote; completion: the class to make of them."""
     groups = []
     for number, line in read_jsonl(path):
         try:
@@ -163,8 +163,9 @@ def _read(source: str) -> tuple[list[tuple[int, dict]], str]:
     """([(number, raw row)], what the number counts)."""
     if Path(source).suffix in (".jsonl", ".json"):
         return list(read_jsonl(source)), "line"
-    from datasets import load_dataset  # a second to import, and only needed here
+    from datasets import load_dataset, logging  # a second to import, and only needed here
 
+    logging.set_verbosity(logging.CRITICAL)  # it would print what the one line below says
     try:
         if Path(source).suffix == ".parquet":
             if not Path(source).is_file():

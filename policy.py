@@ -35,9 +35,9 @@ def start() -> tuple[int, int, torch.device]:
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group(backend)
-    else:
+    elif not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if dist.get_rank():
         transformers.logging.disable_progress_bar()
@@ -191,6 +191,8 @@ class Policy(nn.Module):
             partial = directory.with_name(directory.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             self.lm.save_pretrained(partial, state_dict=state)
+            self.lm.config.dtype = dtype  # it has noted the master weights' float32
+            self.lm.config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             partial.rename(directory)
         dist.barrier()
@@ -235,7 +237,7 @@ def load_policy(
 
 
 def clip_gradients(policy: Policy, max_norm: float) -> float:
-    """Scales all gradients down to a global norm of `max_norm`; returns the norm before. 0 if there are none."""
+    """Scales all gradients to a global norm of at most `max_norm`; returns the norm before, or 0."""
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 

@@ -41,8 +41,8 @@ def _last_number(text: str) -> str | None:
 
 def _plain(number: str) -> str:
     """1,000.00 and 1000 are one number."""
-    number = number.strip().replace(",", "").rstrip(".")
-    return re.sub(r"\.0*$", "", number) if "." in number else number
+    number = number.strip().replace(",", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number
 
 
 def math_verify(answer: str, text: str) -> float:

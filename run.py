@@ -31,7 +31,7 @@ class Run:
     """The directory of one run. Nothing is made before `begin`, so that bad input leaves nothing behind."""
 
     def __init__(self, args: Namespace, name: str, writes: bool):
-        """name: of a directory in runs/ where --out is not given. Raises ArgumentError if it cannot be used."""
+        """name: of a directory in runs/, without --out. Raises ArgumentError where it cannot be used."""
         self.args, self.writes = args, writes
         self.directory = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         if not writes:

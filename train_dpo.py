@@ -163,7 +163,7 @@ def main(argv=None):
     scorer = rewards.Scorer(kinds, args.reward_timeout)
 
     def sample(rows, n, *key):
-        """(row, n completions) for each row; key, rank and --seed make the seed, so no two calls draw alike."""
+        """(row, n completions) for each row; key, rank and --seed make the seed: no two calls draw alike."""
         seed = random.Random(f"{args.seed} {key} {rank}").getrandbits(63)
         groups = sampler.generate([row.ids for row in rows], n, args.max_new_tokens, args.temperature, seed)
         return list(zip(rows, groups, strict=True))

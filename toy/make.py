@@ -25,8 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz +-*/=<>(){}.,:;?!'\"_$#\n"
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 ERRORS = [1, -1, 2, -2, 9, -9, 10, -10, 11]  # what a half-learned carry does to a sum
 RIGHT = 0.4  # share of right answers in the warm start
@@ -134,12 +135,9 @@ def main():
     model.save_pretrained(args.out / "model")
     (args.out / "model" / "model.safetensors").chmod(0o644)
     right = probability_right(model, tokenizer, valid)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; held-out answers sampled right: {right:.3f}"
-    )
-    print(
-        f"wrote {args.out}/model, train.jsonl ({len(train)}), valid.jsonl ({VALID}) in {time.time() - started:.0f} s"
-    )
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size:,} parameters; a sampled answer to a held-out sum is right with probability {right:.3f}")
+    print(f"wrote model, train.jsonl and valid.jsonl to {args.out} in {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""Real parts on a CPU: the toy, one vLLM engine for all tests, gloo ranks started by torchrun. No network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+import policy as policies  # noqa: E402
+import sampler as samplers  # noqa: E402
+
+TOY = ROOT / "toy" / "model"
+
+
+@pytest.fixture(scope="session")
+def device():
+    return policies.start()[2]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return policies.load_tokenizer(str(TOY))
+
+
+@pytest.fixture
+def policy(device, tokenizer):
+    return policies.load_policy(str(TOY), device, len(tokenizer), 1.0)
+
+
+@pytest.fixture(scope="session")
+def padded_model(tmp_path_factory, tokenizer):
+    """The toy with 16 rows more in its matrices than the tokenizer has ids (a padded vocabulary), and
+    such likely ones that they would be sampled all the time."""
+    directory = tmp_path_factory.mktemp("padded")
+    model = AutoModelForCausalLM.from_pretrained(TOY)
+    model.resize_token_embeddings(len(tokenizer) + 16, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[len(tokenizer) :] = model.lm_head.weight[4:14].mean(0) * 2
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def vllm(device, tokenizer, padded_model):
+    """One engine for all tests, on the padded model; a test that reloads it brings the weights back."""
+    pytest.importorskip("vllm")
+    return samplers.load_sampler("vllm", padded_model, tokenizer, device, torch.float32, 64, 0.3, True)
+
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer):
+    def ids(text):
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    return [
+        ids(f"{a}+{b}=")
+        for a, b in [(1, 2), (35, 7), (99, 98), (0, 60), (12, 12), (8, 81), (77, 3), (40, 50)]
+    ]
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """Runs a script of the project on `ranks` gloo ranks; returns the finished process."""
+
+    def run(ranks, script, *arguments):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
+        command += [str(ROOT / script), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run

@@ -1,0 +1,127 @@
+"""A user's mistake: one line that names the value and what to do, exit code 2, nothing written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TOY
+
+import run as runs
+import train_dpo
+
+GOOD = {"prompt": "1+2=", "reward": "exact", "answer": "3"}
+
+
+def lines(*rows):
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+def without(*keys, **more):
+    return {key: value for key, value in (GOOD | more).items() if key not in keys}
+
+
+FILES = {
+    "good.jsonl": lines(GOOD),
+    "empty.jsonl": "",
+    "broken.jsonl": lines(*[GOOD] * 16, '{"prompt": "1+2=", ', GOOD),
+    "noprompt.jsonl": lines(GOOD, without("prompt", question="1+2=")),
+    "noreward.jsonl": lines(without("reward")),
+    "unknown.jsonl": lines(GOOD, GOOD, without(reward="numina")),
+    "noanswer.jsonl": lines(GOOD, without("answer", reward="math")),
+    "listanswer.jsonl": lines(without(answer=["3"])),
+    "list.jsonl": lines([1, 2]),
+    "turns.jsonl": lines(
+        without(prompt=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    ),
+    "messages.jsonl": lines(without(prompt=[{"text": "a"}])),
+    "blank.jsonl": lines(without(prompt="  ")),
+    "latin.jsonl": b'{"prompt": "\xe9"}\n',
+    "table.parquet": b"not a table",
+    "rollouts.jsonl": lines(GOOD),
+    "taken/metrics.jsonl": "",
+    "file": "",
+}
+
+CASES = [
+    ("--model {tmp}/nowhere", "--model {tmp}/nowhere"),
+    ("--model {tmp}/template", "no chat template"),
+    ("--data {tmp}/missing.jsonl", "{tmp}/missing.jsonl: no such file"),
+    ("--data {tmp}/empty.jsonl", "{tmp}/empty.jsonl: no rows"),
+    ("--data {tmp}/broken.jsonl", "{tmp}/broken.jsonl, line 17: not JSON"),
+    ("--data {tmp}/noprompt.jsonl", "noprompt.jsonl, line 2: no `prompt` (it has: reward, answer, question)"),
+    ("--data {tmp}/noreward.jsonl", "line 1: no `reward` (one of exact, gsm8k, math)"),
+    ("--data {tmp}/unknown.jsonl", "line 3: unknown reward 'numina'"),
+    ("--data {tmp}/noanswer.jsonl", "line 2: reward `math` needs an `answer`"),
+    ("--data {tmp}/listanswer.jsonl", "line 1: reward `exact` needs an `answer`"),
+    ("--data {tmp}/list.jsonl", "line 1: a row is a JSON object, not [1, 2]"),
+    ("--data {tmp}/turns.jsonl", "line 1: `prompt` must end with a message of the user"),
+    ("--data {tmp}/messages.jsonl", "line 1: `prompt` holds a message without role and content"),
+    ("--data {tmp}/blank.jsonl", "line 1: `prompt` must be a text"),
+    ("--data {tmp}/latin.jsonl", "latin.jsonl: not UTF-8"),
+    ("--data {tmp}/table.parquet", "table.parquet: neither"),
+    ("--data {tmp}/missing.parquet", "missing.parquet: no such file"),
+    ("--data {tmp}/good.jsonl --eval-data {tmp}/broken.jsonl", "broken.jsonl, line 17"),
+    ("--max-prompt-tokens 3", "no prompt fits --max-prompt-tokens 3"),
+    ("--rollouts {tmp}/rollouts.jsonl --sync-steps inf", "rollouts.jsonl, line 1: not a saved rollout"),
+    ("--rollouts {tmp}/rollouts.jsonl", "--sync-steps inf"),
+    ("--sync-steps 0", "--sync-steps: 0 is not a whole number above 0, nor inf"),
+    ("--sync-steps -3", "--sync-steps: -3 is not a whole number above 0, nor inf"),
+    ("--sync-steps ten", "--sync-steps: ten is not"),
+    ("--sync-steps 1.5", "--sync-steps: 1.5 is not"),
+    ("--beta 0", "--beta: 0 is not a number above 0"),
+    ("--beta nan", "--beta: nan is not"),
+    ("--lr 0.0", "--lr: 0.0 is not a number above 0"),
+    ("--lr inf", "--lr: inf is not"),
+    ("--steps 0", "--steps: 0 is not"),
+    ("--samples-per-prompt 1", "--samples-per-prompt 1: a pair needs 2"),
+    ("--micro-batch-tokens 63", "--micro-batch-tokens 63: a pair can have 64"),
+    ("--gpu-memory 1.2", "--gpu-memory 1.2"),
+    ("--data {tmp}/good.jsonl --data-weights 1 2", "--data-weights: 2 weights for 1 sources"),
+    ("--data-weights 0", "--data-weights: 0 is not a number above 0"),
+    ("--sampler sglang", "invalid choice: 'sglang'"),
+    ("--sync-step 3", "unrecognized arguments: --sync-step 3"),
+    ("--out {tmp}/taken", "--out {tmp}/taken: already holds a run"),
+    ("--out {tmp}/file", "--out {tmp}/file: a file"),
+    ("--out {tmp}/file/deeper", "cannot be written"),
+    ("--out /proc/none/run", "/proc/none/run: cannot be written"),
+    ("--save-rollouts {tmp}/good.jsonl", "--save-rollouts {tmp}/good.jsonl: exists already"),
+]
+
+
+@pytest.fixture(scope="module")
+def tmp(tmp_path_factory, tokenizer):
+    directory = tmp_path_factory.mktemp("bad")
+    for name, content in FILES.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (directory / "template").mkdir()
+    for file in TOY.iterdir():
+        if "template" not in file.name:
+            (directory / "template" / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+@pytest.mark.parametrize(("flags", "said"), CASES, ids=[flags for flags, _ in CASES])
+def test_bad_input(flags, said, tmp, device, capsys, monkeypatch):
+    argv = flags.format(tmp=tmp).split()
+    monkeypatch.chdir(tmp)
+    before = sorted(tmp.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        runs.launch(lambda: train_dpo.main(argv))
+    error = capsys.readouterr().err.strip()
+    error = error[error.rfind("\r") + 1 :]  # after the progress bars
+    assert stopped.value.code == 2
+    assert said.format(tmp=tmp) in error and error.count("\n") == 0 and ": error: " in error
+    assert sorted(tmp.rglob("*")) == before
+
+
+def test_as_a_command_it_is_one_line_and_exit_code_2(tmp):
+    command = [sys.executable, str(ROOT / "train_dpo.py"), "--data", str(tmp / "broken.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr
+        == f"train_dpo.py: error: {tmp}/broken.jsonl, line 17: not JSON (Expecting property name "
+        + ("enclosed in double quotes)\n")
+    )

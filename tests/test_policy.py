@@ -1,0 +1,165 @@
+"""Log-probs against Hugging Face's own logits, micro-batches, full weights, export."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import TOY
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import policy as policies
+
+SEQUENCES = [
+    ([1, 5, 41, 8, 2], [9, 8, 3]),
+    ([1, 5, 2], [11, 12, 13, 14, 15, 16, 3]),
+    ([1, 7, 8, 9, 10, 41, 9, 9, 2], [4]),
+    ([1, 2], [3]),
+]
+
+
+def logps_by_transformers(directory, sequences, vocab, temperature=1.0, left=0):
+    """Each sequence by itself, `left` padding tokens before it; full log_softmax."""
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    out = []
+    for prompt, completion in sequences:
+        ids = torch.tensor([[0] * left + prompt + completion])
+        seen = torch.tensor([[0] * left + [1] * (ids.shape[1] - left)])
+        position = torch.tensor([[0] * left + list(range(ids.shape[1] - left))])
+        logits = model(input_ids=ids, attention_mask=seen, position_ids=position).logits[0, :, :vocab]
+        logps = (logits.double() / temperature).log_softmax(-1)[left + len(prompt) - 1 : -1]
+        out.append(logps.gather(-1, torch.tensor(completion)[:, None]).squeeze(-1))
+    return out
+
+
+@pytest.mark.parametrize("left", [0, 4])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logps_equal_log_softmax_of_transformers(device, tokenizer, left, temperature, monkeypatch):
+    monkeypatch.setattr(policies, "CHUNK_LOGITS", 64 * 5)  # several chunks of 5 tokens
+    policy = policies.load_policy(str(TOY), device, len(tokenizer), temperature)
+    sequences = copy.deepcopy(SEQUENCES)
+    got = policy.logps(sequences, 64)
+    assert sequences == SEQUENCES
+    for mine, theirs in zip(got, logps_by_transformers(TOY, SEQUENCES, 64, temperature, left), strict=True):
+        assert mine.tolist() == pytest.approx(theirs.tolist(), rel=1e-6, abs=1e-5)
+
+
+def test_ids_beyond_the_tokenizer_have_no_probability(device, tokenizer, padded_model):
+    policy = policies.load_policy(padded_model, device, len(tokenizer), 1.0)
+    wanted = logps_by_transformers(padded_model, SEQUENCES, len(tokenizer))
+    wrong = logps_by_transformers(padded_model, SEQUENCES, len(tokenizer) + 16)
+    for mine, theirs, other in zip(policy.logps(SEQUENCES, 64), wanted, wrong, strict=True):
+        assert mine.tolist() == pytest.approx(theirs.tolist(), rel=1e-6, abs=1e-5)
+        assert (mine - other).abs().max() > 0.01
+
+
+def test_inputs_are_unchanged_and_the_mask_is_the_completion_with_its_end(policy):
+    inputs = policies.collate(SEQUENCES, policy.device)
+    before = [t.clone() for t in inputs]
+    logps_BT, entropy_BT, mask_BT = policy(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+    assert mask_BT.sum(-1).tolist() == [len(completion) for _, completion in SEQUENCES]
+    for row, mask_T, (_, completion) in zip(inputs[0], mask_BT, SEQUENCES, strict=True):
+        assert row[1:][mask_T].tolist() == completion  # the end token (3) is trained
+    assert (logps_BT[~mask_BT] == 0).all() and (entropy_BT[~mask_BT] == 0).all()
+    assert (logps_BT[mask_BT] < 0).all()
+
+
+def test_entropy_is_that_of_the_next_token(policy):
+    _, entropy_BT, mask_BT = policy(*policies.collate([SEQUENCES[0]], policy.device))
+    prompt, completion = SEQUENCES[0]
+    model = AutoModelForCausalLM.from_pretrained(TOY)
+    probs = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].softmax(-1)
+    wanted = -(probs * probs.log()).sum(-1)
+    assert entropy_BT[mask_BT].tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def gradient(policy, batches):
+    for batch in batches:
+        logps_BT, _, _ = policy(*policies.collate(batch, policy.device))
+        (logps_BT.sum(-1) * torch.arange(1, len(logps_BT) + 1) * (len(batch) > 0)).sum().backward()
+    return torch.cat([p.grad.to_local().flatten() for p in policy.parameters()])
+
+
+def test_gradient_equals_that_of_transformers_and_survives_recomputation(device, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(TOY)
+    for weight, (prompt, completion) in enumerate(SEQUENCES, 1):
+        ids = torch.tensor([prompt + completion])
+        logps = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        (weight * logps.gather(-1, torch.tensor(completion)[:, None]).sum()).backward()
+    wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
+    for recompute in (False, True):
+        policy = policies.load_policy(
+            str(TOY), device, len(tokenizer), 1.0, activation_checkpointing=recompute
+        )
+        got = gradient(policy, [SEQUENCES])
+        assert (got - wanted).norm() / wanted.norm() < 1e-5
+    layers = policy.lm.model.layers
+    assert all(layer.gradient_checkpointing and layer.training for layer in layers)
+
+
+def test_an_empty_batch_takes_part_and_changes_nothing(policy):
+    wanted = gradient(policy, [SEQUENCES])
+    policy.zero_grad()
+    assert torch.equal(gradient(policy, [SEQUENCES, []]), wanted)
+
+
+def test_micro_batches_hold_every_unit_once_within_the_limit(device):
+    widths = [3, 60, 7, 7, 30, 1, 59, 2]
+    batches = policies.micro_batches(widths, 2, 120)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(widths)))
+    for batch in batches:
+        assert 2 * len(batch) * max(widths[i] for i in batch) <= 120
+    assert batches[0] == [1]  # the longest comes first
+    assert policies.micro_batches([], 2, 120) == []
+
+
+def test_snapshot_brings_the_very_weights_back(policy):
+    window = policy.snapshot(torch.float32)
+    before = {name: tensor.clone() for name, tensor in policy.full_weights(torch.float32)}
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(1.5)
+    now = dict(policy.full_weights(torch.float32))
+    walked = {name: tensor.clone() for name, tensor in policy.full_weights(torch.float32, window)}
+    assert all(not torch.equal(now[name], before[name]) for name in before)
+    assert all(torch.equal(walked[name], before[name]) for name in before)
+    policy.restore(window)
+    assert all(torch.equal(t, before[name]) for name, t in policy.full_weights(torch.float32))
+
+
+def test_full_weights_have_the_names_and_values_of_the_checkpoint(policy):
+    wanted = dict(AutoModelForCausalLM.from_pretrained(TOY).named_parameters())
+    got = dict(policy.full_weights(torch.bfloat16))
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name].to(torch.bfloat16)) for name in wanted)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_export_is_an_ordinary_directory(device, tokenizer, tmp_path, tied):
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=2, tie_word_embeddings=tied, dtype=torch.bfloat16)  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "in")
+    policy = policies.load_policy(str(tmp_path / "in"), device, 64, 1.0)
+    assert all(p.dtype == torch.float32 for p in policy.parameters())
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(1.0)
+    policy.export(tmp_path / "out", tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    old = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype="auto").named_parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, (old[name].float() + 1).to(torch.bfloat16))
+    assert policies.load_tokenizer(str(tmp_path / "out")).chat_template == tokenizer.chat_template
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_clip_returns_the_norm_before(policy):
+    grads = gradient(policy, [SEQUENCES])
+    norm = grads.double().norm().item()
+    assert policies.clip_gradients(policy, norm / 4) == pytest.approx(norm, rel=1e-5)
+    after = torch.cat([p.grad.to_local().flatten() for p in policy.parameters()]).double().norm().item()
+    assert after == pytest.approx(norm / 4, rel=1e-4)
+    policy.zero_grad()
+    assert policies.clip_gradients(policy, 1.0) == 0 and math.isfinite(norm)

@@ -1,0 +1,97 @@
+"""Verdicts, and what happens to answers that hang, explode or break their worker."""
+
+import time
+
+import pytest
+
+import rewards
+from rewards import REWARDS
+
+HANGS = r"$\boxed{9^{9^{9^{9}}}}$"
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "text", "reward"),
+    [
+        ("exact", "46", "46", 1),
+        ("exact", "46", " 46\n", 1),
+        ("exact", "46", "046", 0),
+        ("exact", "46", "46 or 47", 0),
+        ("exact", "46", "", 0),
+        ("gsm8k", "18", "9 a day, so\n#### 18", 1),
+        ("gsm8k", "She makes 9*2.\n#### 18", "#### 18", 1),  # the dataset's own answer column
+        ("gsm8k", "-5", "#### -5", 1),
+        ("gsm8k", "-5", "#### 5", 0),
+        ("gsm8k", "1,000", "#### $1000.00", 1),
+        ("gsm8k", "18", "#### 17 no, #### 18", 1),
+        ("gsm8k", "18", "The answer is 18", 0),
+        ("gsm8k", "18", "#### 18.", 1),
+        ("gsm8k", "0.5", "#### 0.50", 1),
+        ("math", "42", r"The final answer is $\boxed{42}$. I hope it is correct.", 1),
+        ("math", "42", r"$\boxed{43}$", 0),
+        ("math", "42", "The final answer is 42", 0),  # not LaTeX: the paper's settings extract LaTeX only
+        ("math", "42", r"first $\boxed{41}$, then $\boxed{42}$", 1),
+        ("math", r"\frac{1}{2}", r"$\boxed{0.5}$", 1),
+        ("math", r"\frac{1}{2}", r"$\boxed{\dfrac{2}{4}}$", 1),
+        ("math", "$x^2+1$", r"$\boxed{1+x^2}$", 1),
+        ("math", r"\{1,2,3\}", r"$\boxed{\{3,2,1\}}$", 1),
+        ("math", r"(-\infty, 2]", r"$\boxed{(-\infty,2]}$", 1),
+        ("math", r"(-\infty, 2]", r"$\boxed{(-\infty,2)}$", 0),
+        ("math", r"2\sqrt{3}", r"$\boxed{\sqrt{12}}$", 1),
+        ("math", r"\begin{pmatrix}1\\2\end{pmatrix}", r"$\boxed{\begin{pmatrix}1\\2\end{pmatrix}}$", 1),
+        ("math", "10", r"$\boxed{10\text{ cm}}$", 1),
+        ("math", "42", "", 0),
+        ("math", "42", "x" * 10_000, 0),
+    ],
+)
+def test_verdicts(name, answer, text, reward):
+    assert REWARDS[name](answer, text) == reward
+
+
+@pytest.fixture
+def scorer():
+    scorer = rewards.Scorer({"math"}, timeout=1.5, workers=2)
+    yield scorer
+    scorer.close()
+
+
+def test_a_hanging_answer_is_killed_and_its_neighbours_are_scored(scorer):
+    scorer([("math", "1", "$1$")] * 2)  # workers are up
+    jobs = [("math", str(i), rf"$\boxed{{{i if i % 2 else 0}}}$") for i in range(1, 41)]
+    jobs[3] = jobs[20] = ("math", "4", HANGS)
+    started = time.perf_counter()
+    results = scorer(jobs)
+    assert time.perf_counter() - started < 15  # two deadlines and two starts of a worker, not for ever
+    assert results == [None if i in (3, 20) else float((i + 1) % 2) for i in range(40)]
+    assert scorer([("exact", "1", "1")]) == [1.0]  # and the pool is whole again
+
+
+def test_a_memory_bomb_a_crash_an_exception_and_nan_leave_no_verdict(scorer, monkeypatch, tmp_path):
+    script = tmp_path / "rewards.py"
+    bombs = """
+REWARDS["bomb"] = lambda answer, text: float(len(bytearray(int(4e9))))
+REWARDS["crash"] = lambda answer, text: os._exit(3)
+REWARDS["raise"] = lambda answer, text: 1 / 0
+REWARDS["nan"] = lambda answer, text: math.nan
+REWARDS["noise"] = lambda answer, text: print("1.0") or 0.5
+if __name__ == "__main__":
+"""
+    with open(rewards.__file__) as source:
+        script.write_text(source.read().replace('if __name__ == "__main__":\n', bombs))
+    monkeypatch.setattr(rewards, "__file__", str(script))
+    scorer = rewards.Scorer(set(), timeout=5, workers=1)
+    kinds = ["exact", "bomb", "exact", "crash", "exact", "raise", "nan", "noise", "exact"]
+    assert scorer([(kind, "1", "1") for kind in kinds]) == [1, None, 1, None, 1, None, None, 0.5, 1]
+    scorer.close()
+
+
+def test_a_worker_that_died_while_idle_costs_nobody_a_reward(scorer):
+    scorer([("exact", "1", "1")] * 100)
+    for worker in list(scorer.idle.queue):
+        worker.kill()
+        worker.wait()
+    assert scorer([("exact", "1", "1")] * 100) == [1.0] * 100
+
+
+def test_an_unparsable_reference_answer_is_no_verdict(scorer):
+    assert scorer([("math", r"\text{}", r"$\boxed{42}$")]) == [None]

@@ -1,0 +1,222 @@
+"""The real vLLM: what it samples, that it takes the policy's weights, and that a failed reload is caught."""
+
+import math
+
+import pytest
+import torch
+from conftest import TOY
+
+import policy as policies
+import sampler as samplers
+
+F32 = torch.float32
+
+
+@pytest.fixture(scope="session")
+def hf(device, tokenizer, padded_model):
+    return samplers.load_sampler("hf", padded_model, tokenizer, device, F32, 64, 0.3, True)
+
+
+@pytest.fixture(params=["vllm", "hf"])
+def sampler(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def fresh(device, tokenizer, padded_model):
+    """A policy with the weights that the samplers start with."""
+    return policies.load_policy(padded_model, device, len(tokenizer), 1.0)
+
+
+@pytest.fixture
+def moved(fresh, sampler):
+    """The same policy after one small optimizer step; afterwards the sampler gets its old weights back."""
+    before = fresh.snapshot(F32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in fresh.parameters():  # what AdamW's first step does: lr per entry
+            p.to_local().add_(2e-4 * torch.randn(p.shape, generator=generator).sign())
+    yield fresh
+    sampler.reload(fresh.full_weights(F32, before), 0)
+
+
+def test_completions_are_what_was_sampled(sampler, prompts, tokenizer):
+    groups = sampler.generate(prompts, 3, 3, 1.0, seed=1)
+    assert [len(group) for group in groups] == [3] * len(prompts)
+    completions = [c for group in groups for c in group]
+    assert {c.finish for c in completions} == {"stop", "length"}
+    for c in completions:
+        assert 1 <= len(c.ids) <= 3 and len(c.logps) == len(c.ids)
+        assert (c.ids[-1] == tokenizer.eos_token_id) == (c.finish == "stop")  # the end token is part of it
+        assert tokenizer.eos_token_id not in c.ids[:-1]
+        assert c.finish == "stop" or len(c.ids) == 3
+        assert c.text == tokenizer.decode(c.ids, skip_special_tokens=True) and "<|" not in c.text
+        assert c.version == 0 and c.reward is None
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_sampled(sampler, prompts, tokenizer, device, padded_model):
+    sampled = [i for group in sampler.generate(prompts, 64, 4, 1.0, seed=2) for c in group for i in c.ids]
+    assert max(sampled) < len(tokenizer)
+    unbanned = policies.load_policy(padded_model, device, len(tokenizer) + 16, 1.0)
+    allowed = policies.load_policy(padded_model, device, len(tokenizer), 1.0)
+    [all_ids], [own_ids] = (p.logps([(prompts[0], [9])], 64) for p in (unbanned, allowed))
+    assert own_ids - all_ids > 0.1  # the padding would have been sampled, were it not banned
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logps_are_those_of_the_distribution_sampled_from(
+    sampler, prompts, device, tokenizer, padded_model, temperature
+):
+    policy = policies.load_policy(padded_model, device, len(tokenizer), temperature)
+    groups = sampler.generate(prompts, 4, 6, temperature, seed=3)
+    sequences = [(prompt, c.ids) for prompt, group in zip(prompts, groups, strict=True) for c in group]
+    theirs = [c.logps for group in groups for c in group]
+    for mine, other in zip(policy.logps(sequences, 512), theirs, strict=True):
+        assert other == pytest.approx(mine.tolist(), abs=1e-4)
+
+
+def test_frequencies_follow_the_logps(sampler, prompts):
+    """2,000 first tokens of one prompt: each id's share within 4 standard errors of its probability."""
+    [group] = sampler.generate(prompts[:1], 2000, 1, 1.0, seed=4)
+    probability = {c.ids[0]: math.exp(c.logps[0]) for c in group}
+    for token, p in probability.items():
+        share = sum(c.ids[0] == token for c in group) / 2000
+        assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 2000) + 1e-3
+
+
+def test_a_seed_draws_the_same_again_and_another_something_else(sampler, prompts):
+    draw = lambda seed: [c.ids for group in sampler.generate(prompts, 8, 6, 1.0, seed) for c in group]  # noqa: E731
+    first = draw(5)
+    assert draw(6) != first == draw(5)
+    assert len({tuple(ids) for ids in first[:8]}) > 1  # nor are the samples of one prompt copies
+
+
+def test_after_a_reload_the_sampler_is_the_policy_and_before_it_is_not(sampler, moved, prompts):
+    with pytest.raises(samplers.SyncError):
+        samplers.self_test(sampler, moved.logps, prompts, 6, 1.0)
+    sampler.reload(moved.full_weights(F32), 7)
+    gaps = samplers.self_test(sampler, moved.logps, prompts, 6, 1.0)
+    assert gaps["sampler/logp_gap_max"] < 1e-3
+    assert sampler.version == 7 and sampler.generate(prompts[:1], 1, 2, 1.0, 0)[0][0].version == 7
+
+
+def test_keys_and_values_of_old_weights_are_forgotten(vllm, fresh, prompts):
+    """A prompt longer than a block of the prefix cache, asked before and after the weights change."""
+    before, long = fresh.snapshot(F32), [(prompts[0] * 8)[:50]]
+    vllm.generate(long, 1, 4, 1.0, 0)
+    with torch.no_grad():
+        for p in fresh.parameters():
+            p.mul_(1.1)
+    vllm.reload(fresh.full_weights(F32), 1)
+    samplers.self_test(vllm, fresh.logps, long, 4, 1.0)
+    vllm.reload(fresh.full_weights(F32, before), 0)
+
+
+NAMES = ["model.layers.1.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight"]
+
+
+def nothing(weights, sampler):
+    list(weights)
+    sampler.version = 1
+
+
+def skip(name):
+    return lambda weights, sampler: sampler.reload(((n, t) for n, t in weights if n != name), 1)
+
+
+def swap(a, b):
+    def reload(weights, sampler):
+        weights = dict(weights)
+        weights[a], weights[b] = weights[b], weights[a]
+        sampler.reload(iter(weights.items()), 1)
+
+    return reload
+
+
+def stale(name):
+    """The name is sent, but with the tensor from before the step: only the log-probs can tell."""
+
+    def reload(weights, sampler):
+        old = policies.load_policy(stale.model, torch.device("cpu"), 64, 1.0)
+        old = dict(old.full_weights(F32))
+        sampler.reload(((n, old[n] if n == name else t) for n, t in weights), 1)
+
+    return reload
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (nothing, "token"),
+        (skip(NAMES[0]), NAMES[0]),
+        (skip("model.layers.2.self_attn.q_proj.weight"), "model.layers.2.self_attn.q_proj.weight"),
+        (skip("model.norm.weight"), "model.norm.weight"),
+        (swap(*NAMES), "token"),
+        (swap(*(f"model.layers.0.self_attn.{x}_proj.weight" for x in "qk")), "token"),
+        (stale(NAMES[0]), "token"),
+    ],
+)
+def test_a_reload_that_fails_is_caught_at_once(sampler, moved, prompts, padded_model, fault, said):
+    stale.model = padded_model
+    with pytest.raises(samplers.SyncError, match=said):
+        fault(moved.full_weights(F32), sampler)
+        samplers.self_test(sampler, moved.logps, prompts, 6, 1.0)
+
+
+class Tensors(torch.nn.Module):
+    """A model as vLLM holds it on a GPU, where tensors can be read back: q, k and v joined by rows."""
+
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.qkv_proj, self.norm = torch.nn.Linear(6, 24, bias=False), torch.nn.LayerNorm(6, bias=False)
+
+
+def test_on_a_gpu_the_very_tensors_are_compared():
+    model, spots = Tensors(), {}
+    q, k, v = model.qkv_proj.weight.data.clone().split([12, 6, 6])
+    sent = {
+        "q_proj.weight": q,
+        "k_proj.weight": k,
+        "v_proj.weight": v,
+        "norm.weight": model.norm.weight.data.clone(),
+    }
+    list(samplers._note_spots(sent.items(), spots))
+    assert samplers._complaint(model, spots) is None
+    model.qkv_proj.weight.data[14, 3] += 1e-3  # a row of k
+    assert "k_proj.weight: entries differ by up to 0.001" in samplers._complaint(model, spots)
+    model.qkv_proj.weight.data[14, 3] -= 1e-3
+    model.qkv_proj.weight.data[12:18], model.qkv_proj.weight.data[18:24] = v, k
+    assert "entries differ" in samplers._complaint(model, spots)
+    del spots["v_proj.weight"]
+    assert "v_proj.weight: it was not among" in samplers._complaint(model, spots)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="sleeping frees GPU memory; on a CPU it does nothing"
+)
+def test_sleep_frees_the_gpu_and_both_levels_wake_up(vllm, fresh, prompts):
+    awake = torch.cuda.mem_get_info()[0]
+    vllm.sleep(1)
+    assert torch.cuda.mem_get_info()[0] > awake + 2**30 and vllm.version == 0
+    samplers.self_test(vllm, fresh.logps, prompts, 6, 1.0)
+    vllm.sleep(2)
+    assert vllm.version is None
+    vllm.reload(fresh.full_weights(vllm.dtype), 0)
+    samplers.self_test(vllm, fresh.logps, prompts, 6, 1.0)
+
+
+def test_where_vllm_is_missing_both_ways_out_are_named(monkeypatch):
+    monkeypatch.setattr(samplers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(samplers.ArgumentError, match=r"requirements.*--sampler hf"):
+        samplers.require("vllm")
+    samplers.require("hf")
+
+
+def test_the_toy_samples_about_one_answer_in_four_right(device, tokenizer):
+    from make import probability_right
+
+    model = samplers.load_sampler("hf", str(TOY), tokenizer, device, F32, 64, 0.3, True).lm
+    right = probability_right(model, tokenizer, [(a, b) for a in range(0, 100, 7) for b in range(0, 100, 9)])
+    assert 0.15 < right < 0.33

@@ -1,0 +1,54 @@
+"""The embedded default: what make.py makes, and that it makes the same every time."""
+
+import json
+import subprocess
+import sys
+
+import make
+from conftest import ROOT, TOY
+from transformers import AutoModelForCausalLM
+
+
+def rows(name):
+    return [json.loads(line) for line in (ROOT / "toy" / name).read_text().splitlines()]
+
+
+def test_prompts_are_all_sums_once_and_disjoint():
+    train, valid = ({row["prompt"] for row in rows(name)} for name in ("train.jsonl", "valid.jsonl"))
+    assert not train & valid and len(train | valid) == 10_000 and len(valid) == 512
+    for row in rows("valid.jsonl"):
+        a, b = row["prompt"].rstrip("=").split("+")
+        assert row["answer"] == str(int(a) + int(b)) and row["reward"] == "exact"
+
+
+def test_the_model_is_small_and_half_knows_how_to_add(tokenizer):
+    assert sum(file.stat().st_size for file in TOY.iterdir()) < 3e6
+    model = AutoModelForCausalLM.from_pretrained(TOY)
+    valid = [tuple(map(int, row["prompt"][:-1].split("+"))) for row in rows("valid.jsonl")]
+    assert 0.18 < make.probability_right(model, tokenizer, valid) < 0.30
+
+
+def test_the_tokenizer_is_one_token_a_character_and_reversible(tokenizer):
+    text = make.CHARACTERS
+    ids = tokenizer.encode(text)
+    assert len(tokenizer) == 64 and len(ids) == len(text) and tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode("<|user|>1<|end|>"), skip_special_tokens=True) == "1"
+
+
+def test_make_twice_makes_the_same(tmp_path):
+    for name in "ab":
+        command = [
+            sys.executable,
+            str(ROOT / "toy" / "make.py"),
+            "--steps",
+            "3",
+            "--out",
+            str(tmp_path / name),
+        ]
+        subprocess.run(command, check=True, capture_output=True)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) >= 6
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    for name in ("train.jsonl", "valid.jsonl", "model/tokenizer.json", "model/chat_template.jinja"):
+        assert (tmp_path / "a" / name).read_bytes() == (ROOT / "toy" / name).read_bytes()

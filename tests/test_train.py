@@ -1,0 +1,159 @@
+"""Whole runs: torchrun, gloo ranks, the real vLLM, real files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TOY
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+SHORT = ["--prompts-per-step", "9", "--samples-per-prompt", "4", "--eval-data", "{tmp}/valid.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def tmp(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs")
+    valid = (ROOT / "toy" / "valid.jsonl").read_text().splitlines(keepends=True)
+    (directory / "valid.jsonl").write_text("".join(valid[:30]))
+    return directory
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def flat(model):
+    tensors = load_file(model / "model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def short(tmp, *arguments):
+    return [str(argument).format(tmp=tmp) for argument in [*SHORT, *arguments]]
+
+
+def test_two_ranks_with_vllm_sync_when_they_should(torchrun, tmp):
+    out = tmp / "vllm"
+    flags = [
+        "--steps",
+        "6",
+        "--sync-steps",
+        "3",
+        "--generate-ahead",
+        "2",
+        "--eval-every",
+        "2",
+        "--log-samples",
+        "-1",
+        "--sampler",
+        "vllm",
+    ]
+    done = torchrun(2, "train_dpo.py", *short(tmp, *flags, "--out", out))
+    metrics = read(out / "metrics.jsonl")
+    steps, evals = [m for m in metrics if "loss" in m], [m for m in metrics if "eval/accuracy" in m]
+    assert [m["step"] for m in steps] == list(range(6))
+    # validation loads newer weights in between (steps 2, 4), the window goes on with its own
+    assert [m["sync/age"] for m in steps] == [0, 1, 2, 0, 1, 2]
+    assert [m["step"] for m in evals] == [0, 2, 4, 6] and {m["eval/prompts"] for m in evals} == {30}
+    # generated in one call: steps 0 and 1, then 2 (the window ends), 3 and 4, 5
+    assert [m["step"] for m in steps if "tokens_per_second/sample" in m] == [0, 2, 3, 5]
+    tested = {m["step"]: m["sampler/logp_gap_max"] for m in steps if "sampler/logp_gap_max" in m}
+    assert tested.keys() == {0, 3} and max(tested.values()) < 1e-3
+    # reference = sampler's weights: at steps 0 and 3 the policy is the reference
+    assert [m["rewards/margins"] == 0 for m in steps] == [True, False, False] * 2
+
+    samples = read(out / "samples.jsonl")
+    assert len(samples) == 6 * 9 * 4
+    assert {(s["step"], s["version"]) for s in samples} == {(i, i // 3 * 3) for i in range(6)}
+    assert all(s["reward"] == float(s["text"].strip() == s["answer"]) for s in samples)
+    group = [s["text"] for s in samples if s["step"] == 0]
+    assert len({tuple(group[i : i + 4]) for i in range(0, 36, 4)}) == 9  # the ranks did not draw the same
+
+    facts = json.loads((out / "args.json").read_text())
+    assert (
+        facts["ranks"] == 2
+        and facts["args"]["sync_steps"] == 3
+        and facts["versions"]["torch"] == torch.__version__
+    )
+    assert (
+        f"{evals[0]['eval/accuracy']:.3f} before, {evals[-1]['eval/accuracy']:.3f} after 6 steps"
+        in done.stdout
+    )
+    trained, toy = (AutoModelForCausalLM.from_pretrained(path) for path in (out / "model", TOY))
+    moved = [(a - b).abs().max().item() for a, b in zip(trained.parameters(), toy.parameters(), strict=True)]
+    assert min(moved) > 0 and max(moved) < 6 * 4e-4  # every tensor, by about lr a step
+
+
+@pytest.fixture(scope="module")
+def rollouts(torchrun, tmp):
+    """An offline run that saves what it sampled; the answers of the first steps are what the next tests train on."""
+    flags = ["--steps", 8, "--sync-steps", "inf", "--eval-every", 4, "--sampler", "hf", "--log-samples", 0]
+    torchrun(
+        1, "train_dpo.py", *short(tmp, *flags, "--out", tmp / "offline", "--save-rollouts", tmp / "r.jsonl")
+    )
+    return tmp / "r.jsonl"
+
+
+def test_offline_keeps_its_first_weights_and_saves_what_it_sampled(rollouts, tmp):
+    steps = [m for m in read(tmp / "offline" / "metrics.jsonl") if "loss" in m]
+    assert [m["sync/age"] for m in steps] == list(range(8))
+    assert not (tmp / "offline" / "samples.jsonl").exists()
+    groups = read(rollouts)
+    assert len(groups) == 8 * 9 and {c["version"] for g in groups for c in g["completions"]} == {0}
+    for group in groups:
+        for c in group["completions"]:
+            assert c["reward"] == float(c["text"] == group["answer"]) and len(c["ids"]) == len(c["logps"])
+    wanted = [
+        sum(c["reward"] for g in groups[i * 9 : i * 9 + 9] for c in g["completions"]) / 36 for i in range(8)
+    ]
+    assert [m["reward"] for m in steps] == pytest.approx(wanted)
+
+
+def test_ranks_and_micro_batches_do_not_change_the_update(torchrun, rollouts, tmp):
+    """13 prompts over 2 ranks: unequal shares, and unequal numbers of micro-batches."""
+    norms, weights = {}, {}
+    for ranks, tokens in [(1, 4096), (1, 200), (1, 64), (2, 64)]:
+        out = tmp / f"{ranks}-{tokens}"
+        flags = [
+            "--rollouts",
+            rollouts,
+            "--sync-steps",
+            "inf",
+            "--steps",
+            2,
+            "--eval-every",
+            0,
+            "--sampler",
+            "hf",
+        ]
+        flags += ["--prompts-per-step", 13, "--micro-batch-tokens", tokens, "--out", out]
+        torchrun(ranks, "train_dpo.py", *short(tmp, *flags))
+        norms[ranks, tokens] = [m["grad_norm"] for m in read(out / "metrics.jsonl")]
+        weights[ranks, tokens] = torch.cat(
+            [t.flatten() for t in load_file(out / "model/model.safetensors").values()]
+        )
+    wanted = weights.pop((1, 4096))
+    assert (wanted - flat(TOY)).norm() / wanted.norm() > 1e-4
+    for key, got in weights.items():
+        assert norms[key] == pytest.approx(norms[1, 4096], rel=1e-5)
+        assert (got - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_a_sampler_that_keeps_its_weights_stops_the_run_at_the_first_reload(tmp):
+    program = (
+        "import run, sampler, train_dpo\n"
+        "def reload(self, weights, version):\n"
+        "    list(weights)\n"
+        "    self.version = version\n"
+        "sampler.HFSampler.reload = reload\n"
+        f"run.launch(lambda: train_dpo.main({short(tmp, '--steps', 4, '--sampler', 'hf', '--out', tmp / 'stuck')!r}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last.startswith("the sampler (version 1) does not hold the policy's weights")
+    assert [m["step"] for m in read(tmp / "stuck" / "metrics.jsonl") if "loss" in m] == [0]
