@@ -20,7 +20,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CHUNK_LOGITS = 2**25  # logits that exist at one time: 128 MiB in float32, 261 tokens of Llama 3's vocabulary
@@ -83,6 +82,49 @@ def load_tokenizer(model: str):
     return tokenizer
 
 
+class TokenLogps(torch.autograd.Function):
+    """Log-prob and entropy of each token, without the logits of all of them at once.
+
+    Forward and backward go through the tokens in chunks; the backward pass computes a chunk's logits again:
+        d logp / d logits = onehot - p,    d entropy / d logits = -p (log p + entropy),    both / temperature
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_NH, head_VH, target_N, vocab: int, temperature: float):
+        logp_N, entropy_N = (torch.empty(len(target_N), device=target_N.device) for _ in range(2))
+        for n in TokenLogps.chunks(len(target_N), vocab):
+            logp_nV = TokenLogps.log_softmax(hidden_NH[n], head_VH[:vocab], temperature)
+            logp_N[n] = logp_nV.gather(-1, target_N[n, None]).squeeze(-1)
+            entropy_N[n] = -logp_nV.exp().mul_(logp_nV).sum(-1)
+        ctx.save_for_backward(hidden_NH, head_VH, target_N, entropy_N)
+        ctx.vocab, ctx.temperature = vocab, temperature
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx, grad_logp_N, grad_entropy_N):
+        hidden_NH, head_VH, target_N, entropy_N = ctx.saved_tensors
+        grad_hidden_NH, grad_head_VH = torch.empty_like(hidden_NH), torch.zeros_like(head_VH)
+        for n in TokenLogps.chunks(len(target_N), ctx.vocab):
+            logp_nV = TokenLogps.log_softmax(hidden_NH[n], head_VH[: ctx.vocab], ctx.temperature)
+            p_nV, grad_logp_n1 = logp_nV.exp(), grad_logp_N[n, None]
+            grad_nV = logp_nV.add_(entropy_N[n, None]).mul_(-grad_entropy_N[n, None])  # in place: it is large
+            grad_nV.sub_(grad_logp_n1).mul_(p_nV).scatter_add_(-1, target_N[n, None], grad_logp_n1)
+            grad_nV = grad_nV.div_(ctx.temperature).to(head_VH.dtype)
+            grad_hidden_NH[n] = grad_nV @ head_VH[: ctx.vocab]
+            grad_head_VH[: ctx.vocab].addmm_(grad_nV.T, hidden_NH[n])
+        return grad_hidden_NH, grad_head_VH, None, None, None
+
+    @staticmethod
+    def chunks(tokens: int, vocab: int) -> list[slice]:
+        size = max(1, CHUNK_LOGITS // vocab)
+        return [slice(start, start + size) for start in range(0, tokens, size)]
+
+    @staticmethod
+    def log_softmax(hidden_nH, head_VH, temperature: float):
+        logits_nV = torch.nn.functional.linear(hidden_nH, head_VH).float().div_(temperature)
+        return logits_nV.sub_(logits_nV.logsumexp(-1, keepdim=True))
+
+
 class Policy(nn.Module):
     """A causal language model whose forward returns log-probs instead of logits.
 
@@ -100,29 +142,18 @@ class Policy(nn.Module):
         ids_BL: int64, padded on the right, values of the padding are never read by a real token (causal
         attention).
         prompt_B, length_B: int64, tokens of the prompt and of prompt + completion.
-        Returns float32 logps_BT and entropy_BT (nats, no gradient), 0 outside the mask, and the bool mask_BT,
+        Returns float32 logps_BT and entropy_BT (nats), 0 outside the mask, and the bool mask_BT,
         which is true where the target is a completion token, the end token included.
         """
         hidden_BLH = self.lm.get_decoder()(input_ids=ids_BL, use_cache=False).last_hidden_state
         position_T = torch.arange(1, ids_BL.shape[1], device=ids_BL.device)
         mask_BT = (position_T >= prompt_B[:, None]) & (position_T < length_B[:, None])
         hidden_NH, target_N = hidden_BLH[:, :-1][mask_BT], ids_BL[:, 1:][mask_BT]
-        size = max(1, CHUNK_LOGITS // self.lm.config.vocab_size)
-        chunks = [
-            checkpoint(self._chunk_logps, hidden_nH, target_n, use_reentrant=False)
-            for hidden_nH, target_n in zip(hidden_NH.split(size), target_N.split(size), strict=True)
-        ]
-        logps_N, entropy_N = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        head_VH = self.lm.get_output_embeddings().weight
+        logps_N, entropy_N = TokenLogps.apply(hidden_NH, head_VH, target_N, self.vocab, self.temperature)
         zeros_BT = torch.zeros(mask_BT.shape, device=ids_BL.device)
-        return zeros_BT.masked_scatter(mask_BT, logps_N), zeros_BT.masked_scatter(mask_BT, entropy_N), mask_BT
-
-    def _chunk_logps(self, hidden_nH, target_n):
-        """One chunk of the head; its logits live here only and are computed again in the backward pass."""
-        logits_nV = self.lm.get_output_embeddings()(hidden_nH)[:, : self.vocab].float() / self.temperature
-        logz_n = logits_nV.logsumexp(-1)
-        with torch.no_grad():
-            entropy_n = logz_n - ((logits_nV - logz_n[:, None]).exp() * logits_nV).sum(-1)
-        return logits_nV.gather(-1, target_n[:, None]).squeeze(-1) - logz_n, entropy_n
+        logps_BT, entropy_BT = (zeros_BT.masked_scatter(mask_BT, x_N) for x_N in (logps_N, entropy_N))
+        return logps_BT, entropy_BT, mask_BT
 
     @torch.no_grad()
     def logps(self, sequences: list[tuple[list[int], list[int]]], max_tokens=2**14) -> list[torch.Tensor]:
@@ -216,6 +247,8 @@ def load_policy(
         lm = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     except (OSError, ValueError) as error:
         raise ArgumentError(None, f"--model {model}: cannot be loaded ({_first_line(error)})") from error
+    if lm.get_output_embeddings().bias is not None:
+        raise ArgumentError(None, f"--model {model}: its output layer has a bias, which is not supported")
     layers = getattr(lm.get_decoder(), "layers", None)
     if layers is None:
         raise ArgumentError(None, f"--model {model}: {type(lm).__name__} has no decoder.layers to shard")

@@ -74,6 +74,29 @@ def test_entropy_is_that_of_the_next_token(policy):
     assert entropy_BT[mask_BT].tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
+def test_gradients_of_logps_and_entropies_equal_autograd_through_whole_logits(monkeypatch):
+    monkeypatch.setattr(policies, "CHUNK_LOGITS", 50 * 3)
+    torch.manual_seed(0)
+    hidden, head, target = torch.randn(10, 8), torch.randn(60, 8), torch.randint(0, 50, (10,))
+    weight_logp, weight_entropy = torch.randn(2, 10)
+    grads = []
+    for chunked in (True, False):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        if chunked:
+            logps, entropy = policies.TokenLogps.apply(h, w, target, 50, 0.7)
+        else:
+            all_logps = ((h @ w[:50].T) / 0.7).log_softmax(-1)
+            logps, entropy = (
+                all_logps.gather(-1, target[:, None])[:, 0],
+                -(all_logps.exp() * all_logps).sum(-1),
+            )
+        (weight_logp * logps + weight_entropy * entropy).sum().backward()
+        grads.append((h.grad, w.grad))
+    for mine, plain in zip(*grads, strict=True):
+        assert torch.allclose(mine, plain, rtol=1e-5, atol=1e-5)
+    assert (grads[0][1][50:] == 0).all()
+
+
 def gradient(policy, batches):
     for batch in batches:
         logps_BT, _, _ = policy(*policies.collate(batch, policy.device))

@@ -36,20 +36,7 @@ def short(tmp, *arguments):
 
 def test_two_ranks_with_vllm_sync_when_they_should(torchrun, tmp):
     out = tmp / "vllm"
-    flags = [
-        "--steps",
-        "6",
-        "--sync-steps",
-        "3",
-        "--generate-ahead",
-        "2",
-        "--eval-every",
-        "2",
-        "--log-samples",
-        "-1",
-        "--sampler",
-        "vllm",
-    ]
+    flags = "--steps 6 --sync-steps 3 --generate-ahead 2 --eval-every 2 --log-samples -1".split()
     done = torchrun(2, "train_dpo.py", *short(tmp, *flags, "--out", out))
     metrics = read(out / "metrics.jsonl")
     steps, evals = [m for m in metrics if "loss" in m], [m for m in metrics if "eval/accuracy" in m]
@@ -88,7 +75,7 @@ def test_two_ranks_with_vllm_sync_when_they_should(torchrun, tmp):
 
 @pytest.fixture(scope="module")
 def rollouts(torchrun, tmp):
-    """An offline run that saves what it sampled; the answers of the first steps are what the next tests train on."""
+    """What an offline run sampled; the next tests train on it."""
     flags = ["--steps", 8, "--sync-steps", "inf", "--eval-every", 4, "--sampler", "hf", "--log-samples", 0]
     torchrun(
         1, "train_dpo.py", *short(tmp, *flags, "--out", tmp / "offline", "--save-rollouts", tmp / "r.jsonl")
@@ -142,13 +129,14 @@ def test_ranks_and_micro_batches_do_not_change_the_update(torchrun, rollouts, tm
 
 
 def test_a_sampler_that_keeps_its_weights_stops_the_run_at_the_first_reload(tmp):
+    flags = short(tmp, "--steps", 4, "--sampler", "hf", "--out", tmp / "stuck")
     program = (
         "import run, sampler, train_dpo\n"
         "def reload(self, weights, version):\n"
         "    list(weights)\n"
         "    self.version = version\n"
         "sampler.HFSampler.reload = reload\n"
-        f"run.launch(lambda: train_dpo.main({short(tmp, '--steps', 4, '--sampler', 'hf', '--out', tmp / 'stuck')!r}))\n"
+        f"run.launch(lambda: train_dpo.main({flags!r}))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
