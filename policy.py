@@ -92,7 +92,7 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, head_VH, target_N, vocab: int, temperature: float):
         logp_N, entropy_N = (torch.empty(len(target_N), device=target_N.device) for _ in range(2))
-        for n in TokenLogps.chunks(len(target_N), vocab):
+        for n in TokenLogps.chunks(target_N, head_VH[:vocab]):
             logp_nV = TokenLogps.log_softmax(hidden_NH[n], head_VH[:vocab], temperature)
             logp_N[n] = logp_nV.gather(-1, target_N[n, None]).squeeze(-1)
             entropy_N[n] = -logp_nV.exp().mul_(logp_nV).sum(-1)
@@ -103,21 +103,22 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logp_N, grad_entropy_N):
         hidden_NH, head_VH, target_N, entropy_N = ctx.saved_tensors
-        grad_hidden_NH, grad_head_VH = torch.empty_like(hidden_NH), torch.zeros_like(head_VH)
-        for n in TokenLogps.chunks(len(target_N), ctx.vocab):
+        grad_hidden_NH = torch.empty_like(hidden_NH)
+        grad_head_VH = torch.zeros_like(head_VH, dtype=torch.float32)  # in bfloat16 a sum of chunks drifts
+        for n in TokenLogps.chunks(target_N, head_VH[: ctx.vocab]):
             logp_nV = TokenLogps.log_softmax(hidden_NH[n], head_VH[: ctx.vocab], ctx.temperature)
             p_nV, grad_logp_n1 = logp_nV.exp(), grad_logp_N[n, None]
             grad_nV = logp_nV.add_(entropy_N[n, None]).mul_(-grad_entropy_N[n, None])  # in place: it is large
             grad_nV.sub_(grad_logp_n1).mul_(p_nV).scatter_add_(-1, target_N[n, None], grad_logp_n1)
             grad_nV = grad_nV.div_(ctx.temperature).to(head_VH.dtype)
             grad_hidden_NH[n] = grad_nV @ head_VH[: ctx.vocab]
-            grad_head_VH[: ctx.vocab].addmm_(grad_nV.T, hidden_NH[n])
-        return grad_hidden_NH, grad_head_VH, None, None, None
+            grad_head_VH[: ctx.vocab] += grad_nV.T @ hidden_NH[n]
+        return grad_hidden_NH, grad_head_VH.to(head_VH.dtype), None, None, None
 
     @staticmethod
-    def chunks(tokens: int, vocab: int) -> list[slice]:
-        size = max(1, CHUNK_LOGITS // vocab)
-        return [slice(start, start + size) for start in range(0, tokens, size)]
+    def chunks(target_N, head_VH) -> list[slice]:
+        size = max(1, CHUNK_LOGITS // len(head_VH))
+        return [slice(start, start + size) for start in range(0, len(target_N), size)]
 
     @staticmethod
     def log_softmax(hidden_nH, head_VH, temperature: float):
@@ -139,11 +140,10 @@ class Policy(nn.Module):
     def forward(self, ids_BL, prompt_B, length_B):
         """Log-prob of every completion token under softmax(logits / temperature) over the tokenizer's ids.
 
-        ids_BL: int64, padded on the right, values of the padding are never read by a real token (causal
-        attention).
+        ids_BL: int64, padded on the right; attention is causal, so no real token ever sees the padding.
         prompt_B, length_B: int64, tokens of the prompt and of prompt + completion.
-        Returns float32 logps_BT and entropy_BT (nats), 0 outside the mask, and the bool mask_BT,
-        which is true where the target is a completion token, the end token included.
+        Returns float32 logps_BT and entropy_BT (nats), 0 outside the mask, and the bool mask_BT, true where
+        the target is a completion token, the end token included.
         """
         hidden_BLH = self.lm.get_decoder()(input_ids=ids_BL, use_cache=False).last_hidden_state
         position_T = torch.arange(1, ids_BL.shape[1], device=ids_BL.device)
@@ -157,18 +157,15 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def logps(self, sequences: list[tuple[list[int], list[int]]], max_tokens=2**14) -> list[torch.Tensor]:
-        """Log-probs of each (prompt ids, completion ids) as float32 [len(completion)] on the CPU, without
-        gradient.
+        """Log-probs of each (prompt ids, completion ids): float32 [len(completion)], on the CPU, no gradient.
 
-        Every rank must call it together, with as many sequences as it has (none is fine).
+        Collective: every rank calls it together, with as many sequences as it has (none is fine).
         """
         out = [torch.zeros(0)] * len(sequences)
         for batch in micro_batches([len(p) + len(c) for p, c in sequences], 1, max_tokens):
             logps_BT, _, mask_BT = self(*collate([sequences[i] for i in batch], self.device))
-            for i, logps_T, mask_T in zip(
-                batch, logps_BT, mask_BT, strict=False
-            ):  # an empty batch has one dummy row
-                out[i] = logps_T[mask_T].cpu()
+            for row, i in enumerate(batch):
+                out[i] = logps_BT[row][mask_BT[row]].cpu()
         return out
 
     @property
@@ -176,28 +173,22 @@ class Policy(nn.Module):
         return next(self.parameters()).device
 
     def snapshot(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """A copy of this rank's shards in host memory, cast to `dtype`: enough to bring these very weights
-        back.
-        """
+        """A copy of this rank's shards in host memory, in `dtype`: enough to bring these weights back."""
         return [p.detach().to_local().to("cpu", dtype, copy=True) for p in self.lm.parameters()]
 
     @torch.no_grad()
     def restore(self, shards: list[torch.Tensor]):
-        """Takes over a snapshot of a policy of the same model on the same ranks (the reference follows with
-        this).
-        """
+        """Takes over a snapshot of the same model on the same ranks; this is how the reference follows."""
         for p, shard in zip(self.lm.parameters(), shards, strict=True):
             p.to_local().copy_(shard)
 
     def full_weights(
         self, dtype: torch.dtype, shards: list | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) of each parameter, one at a time, so that no rank holds two full
-        copies.
+        """(Hugging Face name, whole tensor) of each parameter, one at a time: no rank holds two full copies.
 
         Collective: every rank must exhaust it. `shards` walks a snapshot instead of the weights of now. The
-        cast comes
-        before the gathering: it halves what is sent. Tied matrices come once, under their first name.
+        cast comes before the gathering, to halve what is sent. Tied matrices come once, by their first name.
         """
         for i, (name, p) in enumerate(self.lm.named_parameters()):
             p = p.detach()
@@ -256,15 +247,17 @@ def load_policy(
     if activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers:
-            layer.training = (
-                True  # the layer's own flag turns recomputation on; its children stay in eval mode
-            )
+            layer.training = True  # this flag alone turns recomputation on; its children stay in eval mode
     dtype = torch.float32 if trainable else compute_dtype(device)
     policy = Policy(lm, vocab, temperature)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
-    for layer in layers:  # layer by layer: only one is whole on the device at a time
-        fully_shard(layer.to(dtype), mesh=mesh, mp_policy=precision)
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    units = list(layers) if embedding.weight is head.weight else [embedding, *layers]
+    for (
+        unit
+    ) in units:  # one by one, so that only one is whole on the device at a time; the head is the root's
+        fully_shard(unit.to(dtype), mesh=mesh, mp_policy=precision)
     # the root too gives its full weights back after a forward: outside of one, parameters are always shards
     return fully_shard(policy.to(dtype), mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
@@ -278,12 +271,10 @@ def clip_gradients(policy: Policy, max_norm: float) -> float:
 def micro_batches(widths: list[int], rows: int, max_tokens: int) -> list[list[int]]:
     """Packs units into micro-batches of at most `max_tokens` padded tokens; returns the indices of each.
 
-    A unit is `rows` sequences that must meet in one forward (2 for a DPO pair), the longest of widths[i]
-    tokens.
-    Longest first: what does not fit in memory fails at once, and neighbours differ little, so little is
-    padding.
-    Collective: every rank gets the same number, since each forward and backward is a collective; ranks that
-    run out get empty ones, for which `collate` makes a dummy.
+    A unit is `rows` sequences that must meet in one forward (2 for a DPO pair), the longest of them
+    widths[i] tokens. Longest first: what does not fit in memory fails at once, and neighbours differ little,
+    so little is padding. Collective: every rank gets the same number, since each forward and backward is a
+    collective; ranks that run out get empty ones, for which `collate` makes a dummy.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(widths)), key=lambda i: -widths[i]):

@@ -41,19 +41,19 @@ class Completion:
 class VLLMSampler:
     """An in-process vLLM engine.
 
-    model: directory or hub name; stop_ids: token ids that end a completion; max_length: prompt + completion,
-    tokens;
-    gpu_memory: vLLM's share of the GPU (weights and KV cache); dtype: float32 or bfloat16, the policy's
-    computing dtype.
+    model: directory or hub name; stop_ids: token ids that end a completion; dtype: the policy's computing
+    dtype; max_length: tokens of prompt + completion; gpu_memory: vLLM's share of the GPU (weights and KV
+    cache); sleep: whether `sleep` frees the GPU.
     """
 
     def __init__(
         self, model: str, tokenizer, stop_ids, device, dtype, max_length: int, gpu_memory: float, sleep: bool
     ):
-        # The settings of vLLM, all of them read at import: one process, and on a CPU 1 GiB of KV cache
-        # instead of a large share of the memory, without binding threads to cores that the policy needs as
-        # well.
+        # vLLM's settings, all read at its import. One process. The model runner that a CPU has, on a GPU too:
+        # it draws from torch's generator, which `generate` seeds, and takes the logits processor below. On a
+        # CPU 1 GiB of KV cache instead of a share of the memory, and no threads bound to the policy's cores.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -93,9 +93,7 @@ class VLLMSampler:
         seed: int,
         top_p: float = 1.0,
     ) -> list[list[Completion]]:
-        """`n` completions of each prompt (token ids), in order. The same call with the same seed draws the
-        same.
-        """
+        """`n` completions of each prompt (token ids), in order; the same call draws the same again."""
         if not prompts:
             return []
         if self.asleep:
@@ -125,13 +123,10 @@ class VLLMSampler:
     def reload(self, weights: Iterable[tuple[str, torch.Tensor]], version: int):
         """Replaces all weights in place with (Hugging Face name, tensor) pairs, read one at a time.
 
-        Raises SyncError where the engine's own tensors do not hold them afterwards. Afterwards the engine is
-        awake.
+        Raises SyncError where the engine's own tensors do not hold them afterwards. Leaves the engine awake.
         """
         self.version = None  # if this fails half-way, the engine holds nobody's weights
-        if (
-            self.asleep
-        ):  # weights first: their memory and the KV cache's need not exist while tensors are gathered
+        if self.asleep:  # the KV cache can wait until nothing is being gathered any more
             self.llm.wake_up(tags=["weights"])
         spots = {}
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _note_spots(weights, spots)})

@@ -23,7 +23,7 @@ import policy as policies
 def measure(way: str, model: str, sequences: int, tokens: int, answer) -> None:
     _, _, device = policies.start()
     if way == "chunked":
-        policy = policies.load_policy(model, device, 10**9, 1.0)
+        policy = policies.load_policy(model, device, 2**30, 1.0)
     else:
         lm = AutoModelForCausalLM.from_pretrained(model).to(device)
     ids_BL = torch.randint(0, 1000, (sequences, tokens), device=device)
