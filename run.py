@@ -1,8 +1,6 @@
-"""What a run leaves behind: its directory, args.json, metrics.jsonl, samples.jsonl, rollouts; and how it
-ends.
+"""What a run leaves behind: args.json, metrics.jsonl, samples.jsonl, rollouts; and how it begins and ends.
 
-Only rank 0 writes. Every line of a .jsonl file goes out in one write, so that a kill never leaves half a
-line.
+Only rank 0 writes.
 """
 
 import json
@@ -60,24 +58,20 @@ class Run:
         if not self.writes:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        commit = subprocess.run(
-            ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.strip()
+        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         facts = {
-            "command": sys.argv, "args": vars(self.args), "ranks": world, "commit": commit or None,
+            "command": sys.argv, "ranks": world, "commit": commit or None,
+            "args": {name: str(value) if value == math.inf else value for name, value in vars(self.args).items()},
             "versions": {"python": platform.python_version(), **_versions()}, "machine": platform.machine(),
         }  # fmt: skip
         partial = self.directory / "args.json.partial"
         partial.write_text(json.dumps(facts, indent=1, default=str) + "\n")
         partial.rename(self.directory / "args.json")
 
-    def record(self, entry: dict, file="metrics.jsonl"):
+    def record(self, *entries: dict, file="metrics.jsonl"):
         if self.writes:
-            with open(self.directory / file, "a", encoding="utf-8") as lines:
-                lines.write(json.dumps(entry) + "\n")
+            _append(self.directory / file, entries)
 
     def say(self, text: str):
         """A line on the console that does not break the progress bar."""
@@ -85,25 +79,31 @@ class Run:
             tqdm.write(text)
 
     def record_rollouts(self, step: int, groups: list):
-        """groups: (row, completions) of the whole step. --log-samples of their answers go to samples.jsonl,
-        all of them to --save-rollouts in the form that `read_rollouts` takes."""
+        """groups: (row, completions) of the whole step, of all ranks. --log-samples of their answers go to
+        samples.jsonl, all of them to --save-rollouts in the form that `data.load_rollouts` reads.
+        """
         if not self.writes:
             return
-        left = self.args.log_samples
-        for row, completions in groups:
-            for c in completions:
-                if left:
-                    left -= 1
-                    what = {"prompt": row.prompt, "text": c.text, "reward": c.reward, "answer": row.answer}
-                    self.record(
-                        {"step": step, **what, "finish": c.finish, "version": c.version}, "samples.jsonl"
-                    )
+        samples = [
+            {"step": step, "version": c.version, "prompt": row.prompt, "answer": row.answer,
+             "text": c.text, "reward": c.reward, "finish": c.finish}
+            for row, completions in groups for c in completions
+        ]  # fmt: skip
+        if self.args.log_samples:
+            self.record(
+                *samples[: None if self.args.log_samples < 0 else self.args.log_samples], file="samples.jsonl"
+            )
         if self.args.save_rollouts:
-            entries = [
-                {"step": step, **asdict(row), "completions": list(map(asdict, cs))} for row, cs in groups
+            rollouts = [
+                {"step": step, **asdict(row), "completions": [*map(asdict, cs)]} for row, cs in groups
             ]
-            with open(self.args.save_rollouts, "a", encoding="utf-8") as lines:
-                lines.write("".join(json.dumps(entry) + "\n" for entry in entries))
+            _append(self.args.save_rollouts, rollouts)
+
+
+def _append(path: Path, entries):
+    """One unbuffered write: a line is in the file whole or not at all."""
+    with open(path, "ab", buffering=0) as file:
+        file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
 
 
 def _versions() -> dict[str, str]:

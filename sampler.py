@@ -307,9 +307,8 @@ def load_sampler(
 def require(kind: str):
     """Raises ArgumentError where the sampler `kind` is not installed; costs nothing, so it comes first."""
     if kind == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ArgumentError(
-            None, "--sampler vllm: vLLM is not installed; install requirements-cpu.txt or pass --sampler hf"
-        )
+        ways = "install requirements.txt (GPU) or requirements-cpu.txt, or pass --sampler hf"
+        raise ArgumentError(None, f"--sampler vllm: vLLM is not installed; {ways}")
 
 
 def self_test(
