@@ -62,7 +62,7 @@ class Run:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         facts = {
             "command": sys.argv, "ranks": world, "commit": commit or None,
-            "args": {name: str(value) if value == math.inf else value for name, value in vars(self.args).items()},
+            "args": {k: "inf" if v == math.inf else v for k, v in vars(self.args).items()},
             "versions": {"python": platform.python_version(), **_versions()}, "machine": platform.machine(),
         }  # fmt: skip
         partial = self.directory / "args.json.partial"
@@ -89,10 +89,9 @@ class Run:
              "text": c.text, "reward": c.reward, "finish": c.finish}
             for row, completions in groups for c in completions
         ]  # fmt: skip
-        if self.args.log_samples:
-            self.record(
-                *samples[: None if self.args.log_samples < 0 else self.args.log_samples], file="samples.jsonl"
-            )
+        logged = len(samples) if self.args.log_samples < 0 else self.args.log_samples
+        if logged:
+            self.record(*samples[:logged], file="samples.jsonl")
         if self.args.save_rollouts:
             rollouts = [
                 {"step": step, **asdict(row), "completions": [*map(asdict, cs)]} for row, cs in groups
