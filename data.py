@@ -126,15 +126,27 @@ def _load(source, tokenizer, check, max_tokens, progress) -> tuple[list[Row], in
     return rows, len(ids) - len(rows)
 
 
-def load_rollouts(path: Path, completion: type) -> list[tuple[Row, list]]:
-    """The (row, completions) groups that --save-rollouts wrote; completion: the class to make of them."""
+def load_rollouts(path: Path, completion: type, vocab: int, max_tokens: int) -> list[tuple[Row, list]]:
+    """The (row, completions) groups that --save-rollouts wrote; completion: the class to make of them.
+
+    Raises ArgumentError for what is no rollout, has ids of another tokenizer (from `vocab` on), or is longer
+    than `max_tokens`, prompt and completion.
+    """
     groups = []
     for number, line in read_jsonl(path):
         try:
             row = Row(line["prompt"], line["ids"], line["reward"], line["answer"])
-            groups.append((row, [completion(**fields) for fields in line["completions"]]))
-        except (KeyError, TypeError) as error:
+            completions = [completion(**fields) for fields in line["completions"]]
+            ids = [[*row.ids, *c.ids] for c in completions]
+            longest, largest = max(map(len, ids)), max(map(max, ids))
+        except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError(None, f"{path}, line {number}: not a saved rollout ({error})") from error
+        if largest >= vocab:
+            raise ArgumentError(None, f"{path}, line {number}: id {largest} is not --model's tokenizer's")
+        if longest > max_tokens:
+            limits = f"--max-prompt-tokens + --max-new-tokens = {max_tokens}"
+            raise ArgumentError(None, f"{path}, line {number}: {longest} tokens are more than {limits}")
+        groups.append((row, completions))
     if not groups:
         raise ArgumentError(None, f"{path}: no rollouts in it")
     return groups

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -58,7 +59,7 @@ class Run:
         if not self.writes:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        git = [shutil.which("git") or "false", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         facts = {
             "command": sys.argv, "ranks": world, "commit": commit or None,

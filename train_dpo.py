@@ -143,11 +143,13 @@ def main(argv=None):
     # 2 data: what is wrong with it comes out here, before anything long starts
     tokenizer = policies.load_tokenizer(args.model)
     checks = (tokenizer, rewards.complaint, args.max_prompt_tokens, rank == 0)
+    length = args.max_prompt_tokens + args.max_new_tokens
     if args.rollouts:
-        sources, dropped = [data.load_rollouts(args.rollouts, samplers.Completion)], 0
+        rollouts = data.load_rollouts(args.rollouts, samplers.Completion, len(tokenizer), length)
+        prompts, dropped = data.Prompts([rollouts], None, args.seed), 0
     else:
         sources, dropped = data.load_prompts(args.data, *checks)
-    prompts = data.Prompts(sources, args.data_weights, args.seed)
+        prompts = data.Prompts(sources, args.data_weights, args.seed)
     valid = sum(data.load_prompts(args.eval_data, *checks)[0], [])
     kinds = {row.reward for row in (valid if args.rollouts else sum(sources, valid))}
 
@@ -157,7 +159,6 @@ def main(argv=None):
     reference = policies.load_policy(*where, trainable=False)
 
     # 4 sampler and scorer
-    length = args.max_prompt_tokens + args.max_new_tokens
     engine = (tokenizer, device, dtype, length, args.gpu_memory, args.sleep)
     sampler = samplers.load_sampler(args.sampler, args.model, *engine)
     scorer = rewards.Scorer(kinds, args.reward_timeout)

@@ -21,6 +21,10 @@ def without(*keys, **more):
     return {key: value for key, value in (GOOD | more).items() if key not in keys}
 
 
+def completion(*ids):
+    return {"ids": ids, "logps": [-1.0] * len(ids), "text": "", "finish": "stop", "version": 0, "reward": 0}
+
+
 FILES = {
     "good.jsonl": lines(GOOD),
     "empty.jsonl": "",
@@ -39,6 +43,8 @@ FILES = {
     "latin.jsonl": b'{"prompt": "\xe9"}\n',
     "table.parquet": b"not a table",
     "rollouts.jsonl": lines(GOOD),
+    "foreign.jsonl": lines({**GOOD, "ids": [1, 5], "completions": [completion(9, 3), completion(64, 3)]}),
+    "long.jsonl": lines({**GOOD, "ids": [1] * 30, "completions": [completion(9, 3), completion(9, 9, 3)]}),
     "taken/metrics.jsonl": "",
     "file": "",
 }
@@ -64,6 +70,8 @@ CASES = [
     ("--data {tmp}/good.jsonl --eval-data {tmp}/broken.jsonl", "broken.jsonl, line 17"),
     ("--max-prompt-tokens 3", "no prompt fits --max-prompt-tokens 3"),
     ("--rollouts {tmp}/rollouts.jsonl --sync-steps inf", "rollouts.jsonl, line 1: not a saved rollout"),
+    ("--rollouts {tmp}/foreign.jsonl --sync-steps inf", "foreign.jsonl, line 1: id 64 is not"),
+    ("--rollouts {tmp}/long.jsonl --sync-steps inf", "long.jsonl, line 1: 33 tokens are more than"),
     ("--rollouts {tmp}/rollouts.jsonl", "--sync-steps inf"),
     ("--sync-steps 0", "--sync-steps: 0 is not a whole number above 0, nor inf"),
     ("--sync-steps -3", "--sync-steps: -3 is not a whole number above 0, nor inf"),
