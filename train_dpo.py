@@ -200,7 +200,8 @@ def main(argv=None):
     first = accuracy = validate(0) if args.eval_every else math.nan
     bar = tqdm(range(args.steps), desc="DPO", disable=rank > 0)
     for step in bar:
-        metrics, clock = {"step": step}, [time.perf_counter()]
+        metrics = {"step": step, "learning_rate": optimizer.param_groups[0]["lr"]}
+        clock = [time.perf_counter()]  # and the time at the end of each part
 
         # ---- sync: the sampler takes over the policy's weights, the reference too where it follows
         if step % s == 0 and not args.rollouts:
@@ -281,7 +282,6 @@ def main(argv=None):
             "rewards/accuracies": sums["ordered"] / n,
             "entropy": sums["entropy"] / tokens,
             "grad_norm": grad_norm,
-            "learning_rate": optimizer.param_groups[0]["lr"],
         }  # fmt: skip
         run.record(metrics)
         run.record_rollouts(step, policies.gather(groups))
