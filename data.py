@@ -40,9 +40,7 @@ class Prompts:
         self.epoch_size = sum(len(source) for source in sources)
         weights = weights or [len(source) for source in sources]
         shares = [weight / sum(weights) * self.epoch_size for weight in weights]
-        edges = [
-            round(sum(shares[:j])) for j in range(len(shares) + 1)
-        ]  # rounded edges, so that shares add up
+        edges = [round(sum(shares[:j])) for j in range(len(shares) + 1)]  # so that rounded shares add up
         self.shares = [right - left for left, right in itertools.pairwise(edges)]
         self._epoch = functools.lru_cache(maxsize=2)(self._epoch)
 
@@ -50,17 +48,14 @@ class Prompts:
         """The (source, row) pairs of one epoch, in order."""
         order = []
         for j, (source, share) in enumerate(zip(self.sources, self.shares, strict=True)):
-            for k in range(epoch * share, (epoch + 1) * share):
-                order.append(
-                    (j, _permutation(len(source), f"{self.seed} {j} {k // len(source)}")[k % len(source)])
-                )
+            for k in range(epoch * share, (epoch + 1) * share):  # the k-th row ever taken from source j
+                own_epoch, place = divmod(k, len(source))
+                order.append((j, _permutation(len(source), f"{self.seed} {j} {own_epoch}")[place]))
         random.Random(f"{self.seed} mix {epoch}").shuffle(order)
         return order
 
     def take(self, cursor: int, count: int) -> list[Row]:
-        """`count` rows from position `cursor` on; position = rows used so far over all ranks, the only state
-        there is.
-        """
+        """`count` rows from `cursor` on: the number of rows used so far, over all ranks; no other state."""
         places = [divmod(position, self.epoch_size) for position in range(cursor, cursor + count)]
         pairs = [self._epoch(epoch)[offset] for epoch, offset in places]
         return [self.sources[j][i] for j, i in pairs]

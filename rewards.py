@@ -100,7 +100,7 @@ def complaint(row: dict) -> str | None:
     """What is wrong with the reward fields of a raw row, or None."""
     if "reward" not in row:
         return f"no `reward` (one of {', '.join(REWARDS)})"
-    if row["reward"] not in REWARDS:
+    if not isinstance(row["reward"], str) or row["reward"] not in REWARDS:
         return f"unknown reward {row['reward']!r} (known: {', '.join(REWARDS)})"
     answer = row.get("answer")
     if answer is None or isinstance(answer, (bool, list, dict)) or not str(answer).strip():
@@ -109,8 +109,7 @@ def complaint(row: dict) -> str | None:
 
 
 class Scorer:
-    """Scores (reward, answer, text) jobs in `workers` child processes with a deadline of `timeout` seconds an
-    answer.
+    """Scores answers in `workers` child processes, with a deadline of `timeout` seconds each.
 
     kinds: the names of the rewards that will be asked for, so that a worker imports only what they need.
     """
@@ -123,9 +122,7 @@ class Scorer:
             self.idle.put(self._spawn())
 
     def __call__(self, jobs: list[tuple[str, str, str]]) -> list[float | None]:
-        """The reward of each (reward name, reference answer, completion text), or None where it could not be
-        had.
-        """
+        """The reward of each (reward name, reference answer, text), or None where it could not be had."""
         batches = [jobs[i : i + BATCH] for i in range(0, len(jobs), BATCH)]
         return [reward for batch in self.threads.map(self._score, batches) for reward in batch]
 
@@ -137,9 +134,7 @@ class Scorer:
             completion.reward = reward
 
     def _score(self, jobs) -> list[float | None]:
-        """Sends the jobs in one line, reads a line a reward; kills the worker that is late and goes on after
-        that job.
-        """
+        """Sends the jobs in one line, reads a line a reward; kills a worker that is late and goes on."""
         rewards: list[float | None] = []
         worker = self.idle.get()
         try:
@@ -149,9 +144,7 @@ class Scorer:
                 if not worker.ready:  # imports take a while and are not the answer's fault
                     worker.ready = self._line(worker, timeout=120) == "ready"
                     if not worker.ready:
-                        raise RuntimeError(
-                            "a reward worker did not start; run `python rewards.py math` to see why"
-                        )
+                        raise RuntimeError("a reward worker did not start: see `python rewards.py math`")
                 try:
                     worker.stdin.write(json.dumps(jobs[len(rewards) :]).encode() + b"\n")
                 except BrokenPipeError:  # it died while idle, which is no answer's fault
