@@ -101,7 +101,7 @@ def test_offline_keeps_its_first_weights_and_saves_what_it_sampled(rollouts, tmp
 def test_ranks_and_micro_batches_do_not_change_the_update(torchrun, rollouts, tmp):
     """13 prompts over 2 ranks: unequal shares, and unequal numbers of micro-batches."""
     norms, weights = {}, {}
-    for ranks, tokens in [(1, 4096), (1, 200), (1, 64), (2, 64)]:
+    for ranks, tokens in [(1, 4096), (1, 100), (1, 64), (2, 64)]:
         out = tmp / f"{ranks}-{tokens}"
         flags = [
             "--rollouts",
