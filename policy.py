@@ -257,9 +257,20 @@ def load_policy(
     for (
         unit
     ) in units:  # one by one, so that only one is whole on the device at a time; the head is the root's
-        fully_shard(unit.to(dtype), mesh=mesh, mp_policy=precision)
+        fully_shard(_cast_parameters(unit, dtype), mesh=mesh, mp_policy=precision)
     # the root too gives its full weights back after a forward: outside of one, parameters are always shards
-    return fully_shard(policy.to(dtype), mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    _cast_parameters(policy, dtype)
+    return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+
+
+def _cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Parameters only, unlike Module.to: rotary frequencies are a buffer, and in bfloat16 they turn positions
+    of long answers by radians. What is sharded already has its dtype.
+    """
+    for p in module.parameters():
+        if not isinstance(p, DTensor):
+            p.data = p.data.to(dtype)
+    return module
 
 
 def clip_gradients(policy: Policy, max_norm: float) -> float:

@@ -59,6 +59,8 @@ class Run:
         if not self.writes:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
+        if self.args.save_rollouts:
+            self.args.save_rollouts.parent.mkdir(parents=True, exist_ok=True)
         git = [shutil.which("git") or "false", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         facts = {

@@ -178,6 +178,14 @@ def test_export_is_an_ordinary_directory(device, tokenizer, tmp_path, tied):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_reference_in_bfloat16_keeps_its_rotary_frequencies(policy, device, tokenizer, monkeypatch):
+    monkeypatch.setattr(policies, "compute_dtype", lambda device: torch.bfloat16)  # as on a GPU
+    reference = policies.load_policy(str(TOY), device, len(tokenizer), 1.0, trainable=False)
+    assert all(p.dtype == torch.bfloat16 for p in reference.parameters())
+    mine, theirs = (p.lm.model.rotary_emb.inv_freq for p in (reference, policy))
+    assert mine.dtype == torch.float32 and torch.equal(mine, theirs)
+
+
 def test_clip_returns_the_norm_before(policy):
     grads = gradient(policy, [SEQUENCES])
     norm = grads.double().norm().item()
