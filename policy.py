@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 CHUNK_LOGITS = 2**25  # logits that exist at one time: 128 MiB in float32, 261 tokens of Llama 3's vocabulary
 
@@ -69,16 +69,23 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def load_tokenizer(model: str):
-    """The tokenizer of a directory or hub name; ArgumentError if there is none or it has no chat template."""
+def load_tokenizer(model: str, length: int):
+    """The tokenizer of a directory or hub name.
+
+    Raises ArgumentError if there is none, it has no chat template, or the model's context is under `length`.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
+        context = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", length)
     except (OSError, ValueError) as error:
         raise ArgumentError(None, f"--model {model}: no model there ({_first_line(error)})") from error
     if not tokenizer.chat_template:
         raise ArgumentError(
             None, f"--model {model}: its tokenizer has no chat template; use an instruct model"
         )
+    if context < length:
+        flags = f"--max-prompt-tokens + --max-new-tokens = {length}"
+        raise ArgumentError(None, f"--model {model}: its context of {context} tokens is less than {flags}")
     return tokenizer
 
 

@@ -144,7 +144,7 @@ class Scorer:
                 if not worker.ready:  # imports take a while and are not the answer's fault
                     worker.ready = self._line(worker, timeout=120) == "ready"
                     if not worker.ready:
-                        raise RuntimeError("a reward worker did not start: see `python rewards.py math`")
+                        raise RuntimeError("a reward worker did not start: see `python rewards.py 5 math`")
                 try:
                     worker.stdin.write(json.dumps(jobs[len(rewards) :]).encode() + b"\n")
                 except BrokenPipeError:  # it died while idle, which is no answer's fault
@@ -166,14 +166,17 @@ class Scorer:
     @staticmethod
     def _line(worker, timeout: float) -> str | None:
         """The worker's next line, or None if it is late or gone. A line is short, so it arrives whole."""
-        if select.select([worker.stdout], [], [], timeout)[0]:
+        ready = select.poll()  # select() ends at descriptor 1024
+        ready.register(worker.stdout, select.POLLIN)
+        if ready.poll(1000 * timeout):
             return worker.stdout.readline().decode().strip() or None
         return None
 
     def _spawn(self) -> subprocess.Popen:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, os.path.abspath(__file__), *sorted(self.kinds)]
-        # bufsize 0: select must not overlook lines that Python has already read ahead
+        patience = math.ceil(self.timeout) + 1
+        command = [sys.executable, os.path.abspath(__file__), str(patience), *sorted(self.kinds)]
+        # bufsize 0: poll must not overlook lines that Python has already read ahead
         worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment
         )
@@ -189,7 +192,10 @@ class Scorer:
 
 
 def work():
-    """The worker: a line of jobs in, a line out for each, until the pipe closes."""
+    """The worker: a line of jobs in, a line out for each, until the pipe closes.
+
+    Arguments: seconds after which an answer ends it, should nobody be left to kill it; kinds of rewards.
+    """
     import resource
     import signal
 
@@ -197,7 +203,8 @@ def work():
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C is for the trainer, which closes the pipe in the end
     logging.disable(logging.WARNING)  # Math-Verify warns about each answer that it cannot read
-    if "math" in sys.argv[1:]:
+    patience, *kinds = sys.argv[1:]
+    if "math" in kinds:
         math_verify("1", "$1$")  # imports and caches what the first answer would otherwise pay for
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     out = os.fdopen(os.dup(1), "w", buffering=1)
@@ -205,6 +212,7 @@ def work():
     out.write("ready\n")
     for line in sys.stdin:
         for name, answer, text in json.loads(line):
+            signal.alarm(int(patience))
             try:
                 reward = REWARDS[name](answer, text)
             except (
@@ -212,6 +220,7 @@ def work():
             ):  # MemoryError, RecursionError, ValueError, ...: no verdict, which is not a wrong answer
                 reward = None
             out.write(json.dumps(reward if reward is not None and math.isfinite(reward) else None) + "\n")
+        signal.alarm(0)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 GAP_LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 2.0)}
 TEST_TOKENS = 32  # of each answer of the self-test: enough to tell, and short beside a window's work
 SPOTS = 4096  # entries of each tensor that are read back from the engine after a reload
+HF_BATCH = (256, 2**17)  # most sequences, and most tokens of keys and values, in one call of transformers
 
 
 class SyncError(SystemExit):
@@ -59,7 +60,10 @@ class VLLMSampler:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if device.type == "cpu":
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # saves 4 s; a GPU needs it, for CUDA graphs
+        from transformers import AutoConfig
         from vllm import LLM, SamplingParams
+
+        padded = AutoConfig.from_pretrained(model).get_text_config().vocab_size > len(tokenizer)
 
         self.SamplingParams, self.tokenizer, self.stop_ids, self.dtype = (
             SamplingParams,
@@ -79,7 +83,7 @@ class VLLMSampler:
             skip_tokenizer_init=True,  # ids in, ids out
             generation_config="vllm",  # no sampling defaults of the model's own
             logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature and all
-            logits_processors=[_ban_ids_from(len(tokenizer))],
+            logits_processors=[_ban_ids_from(len(tokenizer))] if padded else None,
             # one engine per rank inside torchrun's processes
             distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
         )
@@ -133,7 +137,8 @@ class VLLMSampler:
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = 0
-        self.llm.reset_prefix_cache()  # keys and values of the old weights
+        if not self.llm.reset_prefix_cache():
+            raise SyncError(f"at step {version} vLLM kept keys and values of the old weights")
         [complaint] = self.llm.apply_model(lambda model: _complaint(model, spots))
         if complaint:
             raise SyncError(f"after the reload at step {version} vLLM does not hold the policy's {complaint}")
@@ -222,21 +227,18 @@ def _complaint(model, spots: dict) -> str | None:
 class HFSampler:
     """The same interface on `transformers.generate`; slower, but runs wherever the policy does."""
 
-    def __init__(self, model: str, tokenizer, stop_ids, device, dtype, batch: int = 256):
-        from transformers import AutoModelForCausalLM
+    def __init__(self, model: str, tokenizer, stop_ids, device, dtype):
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         self.lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).requires_grad_(False)
-        self.tokenizer, self.stop_ids, self.dtype, self.batch, self.version = (
-            tokenizer,
-            stop_ids,
-            dtype,
-            batch,
-            0,
-        )
+        self.lm.generation_config = GenerationConfig()  # no sampling defaults of the model's own
+        self.tokenizer, self.stop_ids, self.dtype, self.version = tokenizer, stop_ids, dtype, 0
 
     def generate(self, prompts, n, max_new_tokens, temperature, seed, top_p=1.0) -> list[list[Completion]]:
         torch.manual_seed(seed)
-        groups, size = [], max(1, self.batch // n)
+        sequences, tokens = HF_BATCH
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        groups, size = [], max(1, min(sequences, tokens // longest) // n)
         for start in range(0, len(prompts), size):
             groups += self._generate(prompts[start : start + size], n, max_new_tokens, temperature, top_p)
         return groups
@@ -245,16 +247,16 @@ class HFSampler:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.lm.device)
         real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.lm.device)
-        banned = list(range(len(self.tokenizer), self.lm.config.vocab_size))
+        record = _RecordLogps(len(self.tokenizer), temperature, top_p)
         out = self.lm.generate(
             ids, attention_mask=real, num_return_sequences=n, max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0, temperature=temperature or None, top_p=top_p, top_k=0,
-            eos_token_id=self.stop_ids, pad_token_id=0, suppress_tokens=banned or None,
-            output_scores=True, return_dict_in_generate=True,
+            do_sample=temperature > 0, top_k=0, eos_token_id=self.stop_ids, pad_token_id=0,
+            logits_processor=[record],
         )  # fmt: skip
-        logps_BT = self.lm.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+        record.take(out)
+        logps_BT = torch.cat(record.taken, -1)
         made = []
-        for sampled, logps in zip(out.sequences[:, width:].tolist(), logps_BT.tolist(), strict=True):
+        for sampled, logps in zip(out[:, width:].tolist(), logps_BT.tolist(), strict=True):
             end = next((t for t, i in enumerate(sampled) if i in self.stop_ids), None)
             length = len(sampled) if end is None else end + 1
             text = self.tokenizer.decode(sampled[:length], skip_special_tokens=True)
@@ -280,6 +282,31 @@ class HFSampler:
 
     def close(self):
         pass
+
+
+class _RecordLogps:
+    """A transformers logits processor: temperature, top-p and the ban on padded ids, and the log-prob of each
+    sampled token under what results. `output_scores` would keep whole rows of the vocabulary for every token.
+    """
+
+    def __init__(self, vocab: int, temperature: float, top_p: float):
+        from transformers import TopPLogitsWarper
+
+        self.vocab, self.temperature = vocab, temperature or 1.0  # 0: greedy, whose log-probs are the model's
+        self.top_p = TopPLogitsWarper(top_p)
+        self.last, self.taken = None, []  # of the token that is being sampled; of those before it
+
+    def __call__(self, ids, logits):
+        self.take(ids)
+        logits[:, self.vocab :] = -float("inf")
+        logits = self.top_p(ids, logits / self.temperature)
+        self.last = logits.log_softmax(-1)
+        return logits
+
+    def take(self, ids):
+        """`ids` ends with the tokens that were sampled from the rows of the last call."""
+        if self.last is not None:
+            self.taken.append(self.last.gather(-1, ids[:, -1:]))
 
 
 def load_sampler(

@@ -141,9 +141,9 @@ def main(argv=None):
     run = runs.Run(args, f"dpo-s{s}", writes=rank == 0)
 
     # 2 data: what is wrong with it comes out here, before anything long starts
-    tokenizer = policies.load_tokenizer(args.model)
-    checks = (tokenizer, rewards.complaint, args.max_prompt_tokens, rank == 0)
     length = args.max_prompt_tokens + args.max_new_tokens
+    tokenizer = policies.load_tokenizer(args.model, length)
+    checks = (tokenizer, rewards.complaint, args.max_prompt_tokens, rank == 0)
     if args.rollouts:
         rollouts = data.load_rollouts(args.rollouts, samplers.Completion, len(tokenizer), length)
         prompts, dropped = data.Prompts([rollouts], None, args.seed), 0
@@ -156,7 +156,8 @@ def main(argv=None):
     # 3 policy and reference
     where = (args.model, device, len(tokenizer), args.temperature)
     policy = policies.load_policy(*where, activation_checkpointing=args.activation_checkpointing)
-    reference = policies.load_policy(*where, trainable=False)
+    online = s == 1 and args.sync_ref  # then the reference is the policy of the step itself, and never runs
+    reference = None if online else policies.load_policy(*where, trainable=False)
 
     # 4 sampler and scorer
     engine = (tokenizer, device, dtype, length, args.gpu_memory, args.sleep)
@@ -173,6 +174,7 @@ def main(argv=None):
         """Accuracy of one sampled answer per held-out prompt, with the policy's weights of now."""
         if sampler.version != step:
             sampler.reload(policy.full_weights(dtype), step)
+            samplers.self_test(sampler, policy.logps, *test)
         groups = sample(valid[rank::world], 1, "valid", step)
         scorer.score(groups)
         sums = policies.sum_over_ranks(runs.group_sums(step, groups))
@@ -193,11 +195,13 @@ def main(argv=None):
     run.begin(world)
     run.say(f"{batch_size} prompts x {args.samples_per_prompt} samples a step over {world} rank(s)")
     run.say(f"{prompts.epoch_size} prompts, {dropped} more dropped for length; writing {run.directory}")
-    test_prompts = [row.ids for row in valid[:8]]
+    test = ([row.ids for row in valid[:8]], args.max_new_tokens, args.temperature)
     window, window_step = None, 0  # the weights that the sampler keeps, and the step they are from
     reference_step = 0  # the step that the reference is from
     queue = deque()  # generated ahead: for each step this rank's groups, a group being (row, completions)
     first = accuracy = validate(0) if args.eval_every else math.nan
+    if args.rollouts:
+        sampler.sleep(2)
     bar = tqdm(range(args.steps), desc="DPO", disable=rank > 0)
     for step in bar:
         metrics = {"step": step, "learning_rate": optimizer.param_groups[0]["lr"]}
@@ -207,11 +211,13 @@ def main(argv=None):
         if step % s == 0 and not args.rollouts:
             if sampler.version != step:
                 sampler.reload(policy.full_weights(dtype), step)
-            window, window_step = policy.snapshot(dtype), step
+            window_step = step
+            if s > 1:  # the window goes on with these weights even after a validation has loaded others
+                window = policy.snapshot(dtype)
             if args.sync_ref:
-                reference.restore(window)
                 reference_step = step
-            test = (test_prompts, args.max_new_tokens, args.temperature)
+                if reference:
+                    reference.restore(window)
             metrics |= samplers.self_test(sampler, policy.logps, *test)
         clock.append(time.perf_counter())
 
@@ -225,6 +231,8 @@ def main(argv=None):
             else:
                 if sampler.version != window_step:  # a validation has put newer weights into it
                     sampler.reload(policy.full_weights(dtype, window), window_step)
+                    if reference_step == window_step:  # else nobody here still computes with these weights
+                        samplers.self_test(sampler, reference.logps, *test)
                 fresh = sample(sum(steps, []), args.samples_per_prompt, step)
                 groups = iter(fresh)
                 queue.extend([next(groups) for _ in rows] for rows in steps)

@@ -26,7 +26,7 @@ def device():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return policies.load_tokenizer(str(TOY))
+    return policies.load_tokenizer(str(TOY), 64)
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ CASES = [
     ("--steps 0", "--steps: 0 is not"),
     ("--samples-per-prompt 1", "--samples-per-prompt 1: a pair needs 2"),
     ("--micro-batch-tokens 63", "--micro-batch-tokens 63: a pair can have 64"),
+    ("--max-new-tokens 200", "its context of 128 tokens is less than"),
     ("--gpu-memory 1.2", "--gpu-memory 1.2"),
     ("--data {tmp}/good.jsonl --data-weights 1 2", "--data-weights: 2 weights for 1 sources"),
     ("--data-weights 0", "--data-weights: 0 is not a number above 0"),

@@ -174,7 +174,7 @@ def test_export_is_an_ordinary_directory(device, tokenizer, tmp_path, tied):
     old = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype="auto").named_parameters())
     for name, p in model.named_parameters():
         assert torch.equal(p, (old[name].float() + 1).to(torch.bfloat16))
-    assert policies.load_tokenizer(str(tmp_path / "out")).chat_template == tokenizer.chat_template
+    assert policies.load_tokenizer(str(tmp_path / "out"), 64).chat_template == tokenizer.chat_template
     assert not (tmp_path / "out.partial").exists()
 
 

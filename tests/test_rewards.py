@@ -1,5 +1,9 @@
 """Verdicts, and what happens to answers that hang, explode or break their worker."""
 
+import json
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -95,3 +99,11 @@ def test_a_worker_that_died_while_idle_costs_nobody_a_reward(scorer):
 
 def test_an_unparsable_reference_answer_is_no_verdict(scorer):
     assert scorer([("math", r"\text{}", r"$\boxed{42}$")]) == [None]
+
+
+def test_a_worker_whose_trainer_is_gone_ends_with_its_answer():
+    job = json.dumps([("math", "4", HANGS)]) + "\n"
+    done = subprocess.run(
+        [sys.executable, rewards.__file__, "1", "math"], input=job, text=True, timeout=60, check=False
+    )
+    assert done.returncode == -signal.SIGALRM
