@@ -4,6 +4,7 @@ A row is one JSON object:
     prompt   string, or a list of chat messages [{"role": ..., "content": ...}] that ends with the user's
     reward   how an answer is scored: one of rewards.REWARDS
     answer   the reference answer, where that reward needs one
+    uid      the id that Arena-Hard knows it by, where it is one of its questions
 and whatever else its owner keeps.
 """
 
@@ -23,8 +24,9 @@ from tqdm import tqdm
 class Row:
     prompt: str | list  # as the file has it
     ids: list[int]  # the chat template applied, once; what the sampler and the policy both read
-    reward: str
+    reward: str | None  # None: nothing scores it (only an evaluation accepts that)
     answer: str | None
+    uid: str | None = None
 
 
 class Prompts:
@@ -109,7 +111,7 @@ def _load(source, tokenizer, check, max_tokens, progress) -> tuple[list[Row], in
         "input_ids"
     ]  # the template has written the special tokens already
     rows = [
-        Row(row["prompt"], i, row["reward"], None if row.get("answer") is None else str(row["answer"]))
+        Row(row["prompt"], i, row.get("reward"), *(_text(row.get(key)) for key in ("answer", "uid")))
         for (_, row), i in zip(raw, ids, strict=True)
         if len(i) <= max_tokens
     ]
@@ -119,6 +121,10 @@ def _load(source, tokenizer, check, max_tokens, progress) -> tuple[list[Row], in
             None, f"{source}: no prompt fits --max-prompt-tokens {max_tokens}; the shortest has {shortest}"
         )
     return rows, len(ids) - len(rows)
+
+
+def _text(value) -> str | None:
+    return None if value is None else str(value)
 
 
 def load_rollouts(path: Path, completion: type, vocab: int, max_tokens: int) -> list[tuple[Row, list]]:

@@ -3,10 +3,12 @@
 Only rank 0 writes.
 """
 
+import importlib.util
 import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -31,7 +33,8 @@ class Run:
 
     def __init__(self, args: Namespace, name: str, writes: bool):
         """name: of a directory in runs/, without --out. Raises ArgumentError where it cannot be used."""
-        self.args, self.writes = args, writes
+        self.args, self.writes, self.last = args, writes, {}
+        self.wandb = self.tensorboard = None  # opened by `begin`
         self.directory = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         if not writes:
             return
@@ -46,6 +49,11 @@ class Run:
             raise ArgumentError(
                 None, f"--save-rollouts {args.save_rollouts}: exists already; name another file"
             )
+        for package in filter(None, (args.wandb and "wandb", args.tensorboard and "tensorboard")):
+            if importlib.util.find_spec(package) is None:
+                raise ArgumentError(
+                    None, f"--{package}: not installed; `pip install {package}` or leave the flag out"
+                )
         for path in filter(None, (self.directory, args.save_rollouts)):
             parent = next(p for p in path.absolute().parents if p.exists())
             try:
@@ -61,20 +69,40 @@ class Run:
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.args.save_rollouts:
             self.args.save_rollouts.parent.mkdir(parents=True, exist_ok=True)
-        git = [shutil.which("git") or "false", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        facts = {
-            "command": sys.argv, "ranks": world, "commit": commit or None,
-            "args": {k: "inf" if v == math.inf else v for k, v in vars(self.args).items()},
-            "versions": {"python": platform.python_version(), **_versions()}, "machine": platform.machine(),
-        }  # fmt: skip
-        partial = self.directory / "args.json.partial"
-        partial.write_text(json.dumps(facts, indent=1, default=str) + "\n")
-        partial.rename(self.directory / "args.json")
+        args = {k: "inf" if v == math.inf else v for k, v in vars(self.args).items()}
+        self.facts = {"args": args, "ranks": world, **provenance()}
+        write_whole(self.directory / "args.json", json.dumps(self.facts, indent=1, default=str) + "\n")
+        if self.args.wandb:
+            import wandb
 
-    def record(self, *entries: dict, file="metrics.jsonl"):
-        if self.writes:
-            _append(self.directory / file, entries)
+            name, config = self.directory.name, self.facts["args"]
+            self.wandb = wandb.init(project=self.args.wandb, name=name, config=config, dir=self.directory)
+        if self.args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(self.directory)
+
+    def record(self, metrics: dict):
+        """A line of metrics.jsonl; `metrics` has the key step."""
+        if not self.writes:
+            return
+        _append(self.directory / "metrics.jsonl", [metrics])
+        self.last |= metrics
+        if self.wandb:
+            self.wandb.log(metrics, step=metrics["step"])
+        if self.tensorboard:
+            for name in metrics.keys() - {"step"}:
+                self.tensorboard.add_scalar(name, metrics[name], metrics["step"])
+
+    def end(self, results: dict[str, float]):
+        """Writes the exported model's card, with `results` in its table, and closes the loggers."""
+        if not self.writes:
+            return
+        write_whole(self.directory / "model" / "README.md", model_card(self.facts, results, self.last))
+        if self.wandb:
+            self.wandb.finish()
+        if self.tensorboard:
+            self.tensorboard.close()
 
     def say(self, text: str):
         """A line on the console that does not break the progress bar."""
@@ -94,7 +122,7 @@ class Run:
         ]  # fmt: skip
         logged = len(samples) if self.args.log_samples < 0 else self.args.log_samples
         if logged:
-            self.record(*samples[:logged], file="samples.jsonl")
+            _append(self.directory / "samples.jsonl", samples[:logged])
         if self.args.save_rollouts:
             rollouts = [
                 {"step": step, **asdict(row), "completions": [*map(asdict, cs)]} for row, cs in groups
@@ -106,6 +134,61 @@ def _append(path: Path, entries):
     """One unbuffered write: a line is in the file whole or not at all."""
     with open(path, "ab", buffering=0) as file:
         file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+
+
+def write_whole(path: Path, text: str):
+    """Under another name first: whoever reads `path` finds all of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
+
+
+def model_card(facts: dict, results: dict[str, float], metrics: dict[str, float]) -> str:
+    """A README.md for the exported model, in the form of the Hugging Face hub; the licence is the owner's."""
+    args, [script, *flags] = facts["args"], facts["command"]
+    script, model, s = Path(script).name, args["model"], args["sync_steps"]
+    results = results | {k: metrics[k] for k in ("reward", "entropy", "completions/length") if k in metrics}
+    table = "\n".join(f"| {name} | {value:.4g} |" for name, value in results.items())
+    base = "" if Path(model).exists() else f"base_model: {model}\n"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{base}tags:
+- reinforcement-learning
+- {Path(script).stem.removeprefix("train_")}
+---
+
+# {Path(model).name} after {args["steps"]} steps of {script}
+
+Base model: {model}. Data: {", ".join(args["data"])}. The sampler took over the policy's weights every
+{s} step(s).
+
+```
+{shlex.join([script, *flags])}
+```
+
+| at the end | |
+|---|---|
+{table}
+
+All settings, with {facts["ranks"]} rank(s), at commit {facts["commit"]}:
+
+```
+{json.dumps(args, default=str)}
+{json.dumps(facts["versions"])}
+```
+
+Licence: yet to be chosen (`license:` above), as those of the base model and of the data allow.
+"""
+
+
+def provenance() -> dict:
+    """What made a result: command, commit, versions, machine."""
+    git = [shutil.which("git") or "false", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    versions = {"python": platform.python_version(), **_versions()}
+    facts = {"command": sys.argv, "commit": commit or None, "versions": versions}
+    return facts | {"machine": platform.machine()}
 
 
 def _versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ Shapes: P pairs of a micro-batch, B = 2P sequences (all chosen, then all rejecte
 
 import argparse
 import math
+import os
 import random
 import time
 from collections import deque
@@ -38,7 +39,7 @@ import rewards
 import run as runs
 import sampler as samplers
 
-TOY = Path(__file__).parent / "toy"
+TOY = Path(os.path.relpath(Path(__file__).parent)) / "toy"
 
 
 def get_args(argv=None) -> argparse.Namespace:
@@ -92,6 +93,8 @@ def get_args(argv=None) -> argparse.Namespace:
     # log
     add("--eval-every", type=count0, default=50, help="steps between validations, 0: none")
     add("--log-samples", type=int, default=8, help="answers a step for samples.jsonl, -1: all")
+    add("--wandb", metavar="PROJECT", help="also log to this project of Weights & Biases")
+    add("--tensorboard", action="store_true", help="also write TensorBoard's files into the run directory")
     # fmt: on
     args = parser.parse_args(argv)
 
@@ -231,7 +234,9 @@ def main(argv=None):
             else:
                 if sampler.version != window_step:  # a validation has put newer weights into it
                     sampler.reload(policy.full_weights(dtype, window), window_step)
-                    if reference_step == window_step:  # else nobody here still computes with these weights
+                    if (
+                        reference and reference_step == window_step
+                    ):  # else nobody here still computes with these weights
                         samplers.self_test(sampler, reference.logps, *test)
                 fresh = sample(sum(steps, []), args.samples_per_prompt, step)
                 groups = iter(fresh)
@@ -302,6 +307,7 @@ def main(argv=None):
 
     # 7 export and close
     policy.export(run.directory / "model", tokenizer)
+    run.end({"accuracy before": first, "accuracy after": accuracy})
     run.say(
         f"validation accuracy {first:.3f} before, {accuracy:.3f} after {args.steps} steps: {run.directory}"
     )

@@ -1,0 +1,367 @@
+"""Semi-online GRPO (arXiv 2506.21495): sample a group of answers, learn from those above its mean.
+
+    loss = - sum over tokens of  min( ratio A, clip(ratio) A )  +  beta KL        (paper, eq. 1)
+    A = reward - mean of its group [/ standard deviation],   ratio = pi / pi of the sampler
+
+`--sync-steps s` is the dial: optimizer steps between two reloads of the sampler's weights. 1 is
+online, inf is offline (the sampler keeps its first weights), anything between is semi-online. It is
+an interval, not a bound on the age of samples.
+
+    torchrun train_grpo.py --sync-steps 10         # the toy, on a laptop: all defaults are the toy's
+    torchrun --nproc-per-node 8 train_grpo.py --sync-steps 10 --data FILE \\
+        --model meta-llama/Llama-3.1-8B-Instruct   # and the flags whose --help names the paper's value
+
+Departures from the paper:
+- Every window has s updates; the original code's first one has s - 1.
+- A window's prompts are generated in one call (--generate-ahead). Its weights do not change, so
+  neither does the distribution.
+- An answer whose reward could not be had leaves its group; the original code scores it 0.
+- Advantages are divided by the group's standard deviation, so that hard and easy prompts weigh alike, as in
+  the original code; --no-std-norm is the text's eq. 1.
+- A group of equal rewards contributes nothing, not even KL, and costs no forward.
+- The paper is on-policy and corrects nothing. Here the ratio is to the sampler's own log-probs: in the step
+  after a reload it can only be rounding, and weighs the plain policy gradient; later it is clipped as in PPO.
+- The learning rate is constant after the warm-up; the paper does not state its schedule.
+
+Shapes: B answers of a micro-batch, T target positions.
+"""
+
+import argparse
+import math
+import os
+import random
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import policy as policies
+import rewards
+import run as runs
+import sampler as samplers
+
+TOY = Path(os.path.relpath(Path(__file__).parent)) / "toy"
+
+
+def get_args(argv=None) -> argparse.Namespace:
+    count, count0 = runs.number(int), runs.number(int, zero=True)
+    size, size0 = runs.number(float), runs.number(float, zero=True)
+    switch = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = runs.fail
+    add = parser.add_argument
+    # fmt: off
+    # what; (T4) is the paper's Table 4
+    add("--model", default=str(TOY / "model"), help="directory or hub name; paper: Llama-3.1-8B-Instruct")
+    add("--data", nargs="+", default=[str(TOY / "train.jsonl")], help=".jsonl, .parquet or hub names")
+    add("--data-weights", nargs="+", type=size, help="shares of the sources in a mix (default: sizes)")
+    add("--eval-data", nargs="+", default=[str(TOY / "valid.jsonl")], help="rows for validation accuracy")
+    add("--out", type=Path, help="run directory (default: runs/grpo-s<sync-steps>-<time>)")
+    # how long, and the dial
+    add("--steps", type=count, default=300, help="optimizer steps; paper: 1500 chat, maths not stated")
+    add("--sync-steps", type=runs.number(int, inf=True), default=1,
+        help="optimizer steps between reloads of the sampler: 1 online, inf offline")
+    add("--sync-ref", action=switch, default=False,
+        help="the reference moves with the sampler; paper (T4): no")
+    # sampling
+    add("--prompts-per-step", type=count, default=32, help="over all ranks; paper (T4): 64 maths, 32 chat")
+    add("--samples-per-prompt", type=count, default=8, help="the group; paper (T5): 8, tried 4 and 12")
+    add("--max-prompt-tokens", type=count, default=24, help="longer ones are dropped; 8B runs: 1024")
+    add("--max-new-tokens", type=count, default=8, help="of an answer; paper (T4): 2048 maths, 1024 chat")
+    add("--temperature", type=size, default=1.0, help="of sampling and of all log-probs; paper: 1.0")
+    add("--generate-ahead", type=count, default=10, help="most steps to generate in one call (memory)")
+    add("--rollouts", type=Path, help="train on this file of rollouts (needs --sync-steps inf)")
+    add("--save-rollouts", type=Path, help="write every scored rollout to this new .jsonl file")
+    add("--sampler", choices=["vllm", "hf"], default="vllm", help="hf: transformers, slower, no vLLM")
+    add("--gpu-memory", type=size, default=0.3, help="vLLM's share of a GPU (weights and KV cache)")
+    add("--sleep", action=switch, default=True, help="vLLM frees the GPU while the policy trains")
+    add("--reward-timeout", type=size, default=5.0, help="seconds until an answer goes unscored")
+    # update
+    add("--micro-batch-tokens", type=count, default=4096,
+        help="padded tokens of one forward, changes memory only; 8B runs: 16384")
+    add("--activation-checkpointing", action="store_true", help="less memory, slower; 8B runs: on")
+    add("--lr", type=size, default=2e-4, help="AdamW's learning rate; paper (T4): 1e-6 chat, maths garbled")
+    add("--adam-eps", type=size, default=1e-8, help="paper (T4): 1e-8 chat, maths garbled")
+    add("--weight-decay", type=size0, default=0.1, help="paper: not stated; the original code's default")
+    add("--grad-clip", type=size, default=1.0, help="largest gradient norm; paper (T4): 0.1")
+    add("--warmup-steps", type=count0, default=0, help="steps of linear warm-up; paper: not stated")
+    add("--beta", type=size0, default=0.001, help="of the KL to the reference, 0: none; paper (T4): 0.001")
+    add("--std-norm", action=switch, default=True,
+        help="divide advantages by the group's standard deviation (original code); paper (eq. 1): no")
+    add("--loss-norm", choices=["seq", "token", "sum"], default="sum",
+        help="mean over an answer's tokens (paper: less stable), over the step's tokens, or sum (paper)")
+    add("--clip-low", type=size, default=0.2, help="of stale samples ratios below 1 - this are clipped")
+    add("--clip-high", type=size, default=0.2, help="and those above 1 + this; paper: no clip")
+    add("--is-cap", type=size, default=2.0, help="bound on policy / sampler of a token; original code: 2")
+    add("--seed", type=int, default=0, help="of the order of prompts, and of sampling")
+    # log
+    add("--eval-every", type=count0, default=50, help="steps between validations, 0: none")
+    add("--log-samples", type=int, default=8, help="answers a step for samples.jsonl, -1: all")
+    add("--wandb", metavar="PROJECT", help="also log to this project of Weights & Biases")
+    add("--tensorboard", action="store_true", help="also write TensorBoard's files into the run directory")
+    # fmt: on
+    args = parser.parse_args(argv)
+
+    longest = args.max_prompt_tokens + args.max_new_tokens
+    if args.micro_batch_tokens < longest:
+        parser.error(f"--micro-batch-tokens {args.micro_batch_tokens}: an answer can have {longest}, "
+                     "--max-prompt-tokens + --max-new-tokens; raise it to that or more")  # fmt: skip
+    if args.samples_per_prompt < 2:
+        parser.error(f"--samples-per-prompt {args.samples_per_prompt}: a group needs 2")
+    if args.clip_low >= 1:
+        parser.error(f"--clip-low {args.clip_low:g}: ratios are above 0, so between 0 and 1")
+    if args.is_cap < 1 + args.clip_high:
+        parser.error(f"--is-cap {args.is_cap:g}: must not be below 1 + --clip-high = {1 + args.clip_high:g}")
+    if args.data_weights and len(args.data_weights) != len(args.data):
+        parser.error(f"--data-weights: {len(args.data_weights)} weights for {len(args.data)} sources")
+    if args.gpu_memory >= 1:
+        parser.error(f"--gpu-memory {args.gpu_memory:g}: a share of the GPU, between 0 and 1")
+    if args.rollouts and args.sync_steps != math.inf:
+        parser.error(f"--rollouts {args.rollouts}: they cannot follow the policy; add --sync-steps inf")
+    return args
+
+
+# ---- maths
+
+
+def advantages(rewards: list, std_norm: bool) -> list:
+    """Reward - mean [/ sample standard deviation] of its group; None for an answer without a verdict, and for
+    all answers of a group whose rewards are equal (paper, section 2.1).
+    """
+    known = [reward for reward in rewards if reward is not None]
+    if len(set(known)) < 2:
+        return [None] * len(rewards)
+    mean, scale = statistics.fmean(known), statistics.stdev(known) + 1e-6 if std_norm else 1.0
+    return [None if reward is None else (reward - mean) / scale for reward in rewards]
+
+
+def policy_loss(logps_BT, sampler_BT, adv_B, stale: bool, clip_low: float, clip_high: float, is_cap: float):
+    """Loss of each token, and whether the clip took its gradient (paper, eq. 1).
+
+    sampler_BT: log-probs that the sampler drew the tokens with. Not stale: policy and sampler hold the same
+    weights and differ by rounding alone, for which their ratio, cut at `is_cap`, weighs the policy gradient.
+    Stale: the ratio carries the gradient and is clipped; `is_cap` bounds it where the clip does not (A < 0).
+    """
+    adv_B1 = adv_B[:, None]
+    ratio_BT = (logps_BT - sampler_BT).clamp(max=20).exp()  # inf times a gradient of 0 would be NaN
+    capped_BT = ratio_BT.clamp(max=is_cap)
+    if not stale:
+        gain_BT = capped_BT.detach() * (logps_BT - logps_BT.detach()).exp() * adv_B1
+        return -gain_BT, torch.zeros_like(logps_BT, dtype=torch.bool)
+    gain_BT = torch.min(capped_BT * adv_B1, ratio_BT.clamp(1 - clip_low, 1 + clip_high) * adv_B1)
+    clipped_BT = torch.where(adv_B1 > 0, ratio_BT > 1 + clip_high, ratio_BT < 1 - clip_low)
+    return -gain_BT, clipped_BT
+
+
+def kl_to_reference(logps_BT, ref_BT):
+    """Schulman's k3 of each token (nats): never negative, unbiased for tokens that the policy sampled."""
+    log_ratio_BT = (ref_BT - logps_BT).clamp(max=20)
+    return log_ratio_BT.exp() - log_ratio_BT - 1
+
+
+def token_weight(norm: str, length_B, answers: int, tokens: int):
+    """What a token of each answer weighs in the loss; answers, tokens: of the whole step, all ranks."""
+    per_answer_B = 1 / length_B.clamp(min=1) if norm == "seq" else torch.ones_like(length_B)
+    return per_answer_B / (tokens if norm == "token" else answers)
+
+
+# ---- main
+
+
+def main(argv=None):
+    args = get_args(argv)
+    batch_size, s = args.prompts_per_step, args.sync_steps
+
+    # 1 processes and run directory
+    samplers.require(args.sampler)
+    rank, world, device = policies.start()
+    dtype = policies.compute_dtype(device)
+    run = runs.Run(args, f"grpo-s{s}", writes=rank == 0)
+
+    # 2 data: what is wrong with it comes out here, before anything long starts
+    length = args.max_prompt_tokens + args.max_new_tokens
+    tokenizer = policies.load_tokenizer(args.model, length)
+    checks = (tokenizer, rewards.complaint, args.max_prompt_tokens, rank == 0)
+    if args.rollouts:
+        rollouts = data.load_rollouts(args.rollouts, samplers.Completion, len(tokenizer), length)
+        prompts, dropped = data.Prompts([rollouts], None, args.seed), 0
+    else:
+        sources, dropped = data.load_prompts(args.data, *checks)
+        prompts = data.Prompts(sources, args.data_weights, args.seed)
+    valid = sum(data.load_prompts(args.eval_data, *checks)[0], [])
+    kinds = {row.reward for row in (valid if args.rollouts else sum(sources, valid))}
+
+    # 3 policy and reference
+    where = (args.model, device, len(tokenizer), args.temperature)
+    policy = policies.load_policy(*where, activation_checkpointing=args.activation_checkpointing)
+    reference = policies.load_policy(*where, trainable=False) if args.beta else None
+
+    # 4 sampler and scorer
+    engine = (tokenizer, device, dtype, length, args.gpu_memory, args.sleep)
+    sampler = samplers.load_sampler(args.sampler, args.model, *engine)
+    scorer = rewards.Scorer(kinds, args.reward_timeout)
+
+    def sample(rows, n, *key):
+        """(row, n completions) for each row; key, rank and --seed make the seed: no two calls draw alike."""
+        seed = random.Random(f"{args.seed} {key} {rank}").getrandbits(63)
+        groups = sampler.generate([row.ids for row in rows], n, args.max_new_tokens, args.temperature, seed)
+        return list(zip(rows, groups, strict=True))
+
+    def validate(step):
+        """Accuracy of one sampled answer per held-out prompt, with the policy's weights of now."""
+        if sampler.version != step:
+            sampler.reload(policy.full_weights(dtype), step)
+            samplers.self_test(sampler, policy.logps, *test)
+        groups = sample(valid[rank::world], 1, "valid", step)
+        scorer.score(groups)
+        sums = policies.sum_over_ranks(runs.group_sums(step, groups))
+        accuracy = sums["reward"] / max(1, sums["scored"])
+        run.record({"step": step, "eval/accuracy": accuracy, "eval/prompts": sums["scored"]})
+        run.say(f"step {step}: validation accuracy {accuracy:.3f} on {sums['scored']} prompts, for example")
+        for row, [c] in groups[:3]:
+            run.say(f"    reward {c.reward}   {row.prompt!r} -> {c.text!r}"[:160])
+        return accuracy
+
+    # 5 optimizer
+    adam = {"betas": (0.9, 0.95), "eps": args.adam_eps, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, **adam)
+    warmup = lambda step: min(1, (step + 1) / (args.warmup_steps + 1))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup)
+
+    # 6 the loop
+    run.begin(world)
+    run.say(f"{batch_size} prompts x {args.samples_per_prompt} samples a step over {world} rank(s)")
+    run.say("the loss prints near 0, since a group's advantages add up to 0: watch reward, kl and entropy")
+    run.say(f"{prompts.epoch_size} prompts, {dropped} more dropped for length; writing {run.directory}")
+    test = ([row.ids for row in valid[:8]], args.max_new_tokens, args.temperature)
+    window, window_step = None, 0  # the weights that the sampler keeps, and the step they are from
+    reference_step = 0  # the step that the reference is from
+    queue = deque()  # generated ahead: for each step this rank's groups, a group being (row, completions)
+    first = accuracy = validate(0) if args.eval_every else math.nan
+    if args.rollouts:
+        sampler.sleep(2)
+    bar = tqdm(range(args.steps), desc="GRPO", disable=rank > 0)
+    for step in bar:
+        metrics = {"step": step, "learning_rate": optimizer.param_groups[0]["lr"]}
+        clock = [time.perf_counter()]  # and the time at the end of each part
+
+        # ---- sync: the sampler takes over the policy's weights, the reference too where it follows
+        if step % s == 0 and not args.rollouts:
+            if sampler.version != step:
+                sampler.reload(policy.full_weights(dtype), step)
+            window_step = step
+            if s > 1:  # the window goes on with these weights even after a validation has loaded others
+                window = policy.snapshot(dtype)
+            if args.sync_ref:
+                reference_step = step
+                if reference:
+                    reference.restore(window)
+            metrics |= samplers.self_test(sampler, policy.logps, *test)
+        clock.append(time.perf_counter())
+
+        # ---- sample: in one call for the whole window, or for as much of it as --generate-ahead allows
+        fresh = []
+        if not queue:
+            end = min(window_step + s, args.steps, step + args.generate_ahead)
+            steps = [prompts.take(i * batch_size, batch_size)[rank::world] for i in range(step, end)]
+            if args.rollouts:
+                queue.extend(steps)
+            else:
+                if sampler.version != window_step:  # a validation has put newer weights into it
+                    sampler.reload(policy.full_weights(dtype, window), window_step)
+                    if (
+                        reference and reference_step == window_step
+                    ):  # else nobody here still computes with these weights
+                        samplers.self_test(sampler, reference.logps, *test)
+                fresh = sample(sum(steps, []), args.samples_per_prompt, step)
+                groups = iter(fresh)
+                queue.extend([next(groups) for _ in rows] for rows in steps)
+                sampler.sleep(2 if end in (window_step + s, args.steps) else 1)
+        groups = queue.popleft()
+        clock.append(time.perf_counter())
+
+        # ---- score
+        if not args.rollouts:
+            scorer.score(groups)
+        answers = []  # (prompt ids, completion, advantage)
+        for row, completions in groups:
+            advs = advantages([c.reward for c in completions], args.std_norm)
+            answers += [(row.ids, c, a) for c, a in zip(completions, advs, strict=True) if a is not None]
+        clock.append(time.perf_counter())
+
+        # ---- update
+        sums = runs.group_sums(step, groups)
+        sums["sampled"] = sum(len(c.ids) for _, completions in fresh for c in completions)
+        # the denominators count all answers of the step, those of equal rewards too (the original code's)
+        answer_tokens = policies.sum_over_ranks(sums)["length"]
+        count = (batch_size * args.samples_per_prompt, max(1, answer_tokens))
+        stale = step > window_step or bool(args.rollouts)
+        widths = [len(prompt) + len(c.ids) for prompt, c, _ in answers]
+        for micro_batch in policies.micro_batches(widths, 1, args.micro_batch_tokens):
+            n, part = len(micro_batch), [answers[i] for i in micro_batch]
+            inputs = policies.collate([(p, c.ids) for p, c, _ in part], device)
+            logps_BT, entropy_BT, mask_BT = policy(*inputs)
+            with torch.no_grad():  # the reference is the policy itself until the first update after it moved
+                ref_BT = logps_BT if not reference or step == reference_step else reference(*inputs)[0]
+            sampler_BT, adv_B = logps_BT.detach().clone(), torch.zeros(len(logps_BT), device=device)
+            if n:
+                sampler_BT[mask_BT] = torch.tensor([x for _, c, _ in part for x in c.logps], device=device)
+                adv_B = torch.tensor([a for _, _, a in part], device=device)
+            clip = (args.clip_low, args.clip_high, args.is_cap)
+            loss_BT, clipped_BT = policy_loss(logps_BT, sampler_BT, adv_B, stale, *clip)
+            kl_BT = kl_to_reference(logps_BT, ref_BT.detach())
+            weight_B = token_weight(args.loss_norm, inputs[2] - inputs[1], *count)
+            loss_B = ((loss_BT + args.beta * kl_BT) * mask_BT).sum(-1) * weight_B
+            (loss_B[:n].sum() * world).backward()  # x world, because FSDP averages gradients over ranks
+            sums.update(
+                loss=loss_B[:n].sum().item(), kl=(kl_BT * mask_BT)[:n].sum().item(),
+                clipped_tokens=(clipped_BT & mask_BT)[:n].sum().item(),
+                entropy=entropy_BT[:n].sum().item(), tokens=mask_BT[:n].sum().item(),
+                trained=inputs[2][:n].sum().item(),
+            )  # fmt: skip
+        grad_norm = policies.clip_gradients(policy, args.grad_clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        clock.append(time.perf_counter())
+
+        # ---- log, evaluate
+        sums = policies.sum_over_ranks(sums)
+        tokens = max(1, sums["tokens"])
+        metrics |= runs.group_metrics(sums) | runs.timings(clock, sums) | {
+            "loss": sums["loss"],
+            "kl": sums["kl"] / tokens,
+            "clip_ratio": sums["clipped_tokens"] / tokens,
+            "entropy": sums["entropy"] / tokens,
+            "grad_norm": grad_norm,
+        }  # fmt: skip
+        run.record(metrics)
+        run.record_rollouts(step, policies.gather(groups))
+        if args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+            accuracy = validate(step + 1)
+            if (step + 1) % s:  # the next step does not sample with these weights
+                sampler.sleep(2)
+        shown = {"reward": metrics["reward"], "accuracy": accuracy, "age": metrics["sync/age"]}
+        bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+
+    # 7 export and close
+    policy.export(run.directory / "model", tokenizer)
+    run.end({"accuracy before": first, "accuracy after": accuracy})
+    run.say(
+        f"validation accuracy {first:.3f} before, {accuracy:.3f} after {args.steps} steps: {run.directory}"
+    )
+    scorer.close()
+    sampler.close()
+    policies.stop()
+
+
+if __name__ == "__main__":
+    runs.launch(main)
