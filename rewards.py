@@ -7,6 +7,7 @@ overruns the deadline or the memory limit, or breaks its worker, is scored None:
 group and is counted, it is never scored 0.
 """
 
+import argparse
 import functools
 import itertools
 import json
@@ -189,6 +190,74 @@ class Scorer:
             if worker := self.idle.get():
                 worker.kill()
                 worker.wait()
+
+
+class RewardModel:
+    """A scalar reward model: any sequence classifier of the hub with one label, e.g. Skywork-Reward-V2.
+
+    Its own tokenizer and chat template write the conversation down; its one logit is the reward. name:
+    directory or hub name; max_tokens: of a conversation, a longer one gets no verdict; batch_tokens: most
+    padded tokens of one forward. Raises ArgumentError for what is not such a model.
+    """
+
+    def __init__(self, name: str, device, dtype, max_tokens: int = 4096, batch_tokens: int = 2**14):
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            config = AutoConfig.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            if config.num_labels != 1 or not self.tokenizer.chat_template:
+                fault = (
+                    f"it has {config.num_labels} labels, not one"
+                    if config.num_labels != 1
+                    else "no chat template"
+                )
+                raise argparse.ArgumentError(None, f"--reward-model {name}: {fault}")
+            model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise argparse.ArgumentError(
+                None, f"--reward-model {name}: cannot be loaded ({reason})"
+            ) from error
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.device, self.max_tokens, self.batch_tokens = device, max_tokens, batch_tokens
+
+    def __call__(self, conversations: list[list[dict]]) -> list[float | None]:
+        """The reward of each list of messages, the last of which is the answer; None over `max_tokens`."""
+        import torch
+
+        texts = [self.tokenizer.apply_chat_template(c, tokenize=False) for c in conversations]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them
+        short = [i for i in range(len(ids)) if len(ids[i]) <= self.max_tokens]
+        batches: list[list[int]] = []
+        for i in sorted(short, key=lambda i: -len(ids[i])):
+            if not batches or (len(batches[-1]) + 1) * len(ids[batches[-1][0]]) > self.batch_tokens:
+                batches.append([])
+            batches[-1].append(i)
+        rewards: list[float | None] = [None] * len(ids)
+        for batch in batches:
+            # the head reads the last token that is not padding: here an id that no text of the batch has
+            used = {token for i in batch for token in ids[i]}
+            pad = next(token for token in itertools.count() if token not in used)
+            self.model.config.get_text_config().pad_token_id = pad
+            width = len(ids[batch[0]])
+            ids_BL = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in batch]).to(self.device)
+            logits_B1 = self.model(input_ids=ids_BL, attention_mask=(ids_BL != pad).long()).logits
+            for i, reward in zip(batch, logits_B1[:, 0].tolist(), strict=True):
+                rewards[i] = reward if math.isfinite(reward) else None
+        return rewards
+
+    def score(self, groups: list):
+        """Fills in `reward` of every completion of (row, completions) groups."""
+        todo = [(row, c) for row, completions in groups for c in completions]
+        conversations = []
+        for row, c in todo:
+            messages = (
+                [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+            )
+            conversations.append([*messages, {"role": "assistant", "content": c.text}])
+        for (_, c), reward in zip(todo, self(conversations), strict=True):
+            c.reward = reward
 
 
 def work():

@@ -86,7 +86,7 @@ class Run:
         """A line of metrics.jsonl; `metrics` has the key step."""
         if not self.writes:
             return
-        _append(self.directory / "metrics.jsonl", [metrics])
+        append(self.directory / "metrics.jsonl", [metrics])
         self.last |= metrics
         if self.wandb:
             self.wandb.log(metrics, step=metrics["step"])
@@ -122,16 +122,16 @@ class Run:
         ]  # fmt: skip
         logged = len(samples) if self.args.log_samples < 0 else self.args.log_samples
         if logged:
-            _append(self.directory / "samples.jsonl", samples[:logged])
+            append(self.directory / "samples.jsonl", samples[:logged])
         if self.args.save_rollouts:
             rollouts = [
                 {"step": step, **asdict(row), "completions": [*map(asdict, cs)]} for row, cs in groups
             ]
-            _append(self.args.save_rollouts, rollouts)
+            append(self.args.save_rollouts, rollouts)
 
 
-def _append(path: Path, entries):
-    """One unbuffered write: a line is in the file whole or not at all."""
+def append(path: Path, entries: list[dict]):
+    """A JSON line for each entry, in one unbuffered write: none of them waits in a buffer to be lost."""
     with open(path, "ab", buffering=0) as file:
         file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
 
@@ -284,3 +284,6 @@ def launch(main: Callable):
         main()
     except ArgumentError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

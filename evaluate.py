@@ -1,0 +1,325 @@
+"""How good a checkpoint is: accuracy with error bars, pass@k, and answer files for AlpacaEval and Arena-Hard.
+
+    python evaluate.py --model runs/dpo-s10-<time> --data toy/valid.jsonl
+    torchrun --nproc-per-node 8 evaluate.py --model meta-llama/Llama-3.1-8B-Instruct --data math500.jsonl
+
+Each problem gets N sampled answers (the paper's evaluation: N = 50, temperature 0.6, top-p 0.9). Rows with a
+verifiable reward are scored by it. Rows without one are chats: their first answers go to the files that
+AlpacaEval and Arena-Hard read, and a --reward-model scores them all.
+
+Problems are answered in chunks that depend on the settings alone, each with a seed of its own, and a chunk is
+on disk before the next begins: the same command, on any number of ranks, goes on with an interrupted
+evaluation and ends with the answers that it would have had.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import statistics
+import time
+import uuid
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+import data
+import policy as policies
+import rewards
+import run as runs
+import sampler as samplers
+
+TOY = Path(os.path.relpath(Path(__file__).parent)) / "toy"
+SAMPLES = 50  # of a verifiable problem, as in the paper; 1 of a chat
+# flags that change nothing in the answers: the same evaluation may go on with others
+FREE = {"out", "gpu_memory", "reward_timeout", "pass_k", "name"}
+
+
+def get_args(argv=None) -> argparse.Namespace:
+    count, size = runs.number(int), runs.number(float)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = runs.fail
+    add = parser.add_argument
+    # fmt: off
+    add("--model", default=str(TOY / "model"), help="run directory, model directory or hub name")
+    add("--data", nargs="+", default=[str(TOY / "valid.jsonl")], help=".jsonl, .parquet or hub names")
+    add("--out", type=Path, help="where the answers and results go (default: runs/eval-<model's name>)")
+    add("--name", help="what the answer files call the model (default: its directory or hub name)")
+    add("--samples", type=count, help=f"to each problem (default: {SAMPLES}, as in the paper; of a chat 1)")
+    add("--temperature", type=size, default=0.6, help="of sampling; paper: 0.6")
+    add("--top-p", type=size, default=0.9, help="nucleus sampling; paper: 0.9")
+    add("--greedy", action="store_true", help="one answer each, always the likeliest token")
+    add("--pass-k", nargs="+", type=count, default=[], metavar="K",
+        help="also print pass@K, the chance that one of K answers is right")
+    add("--max-prompt-tokens", type=count, default=24, help="longer ones are left out; 8B models: 1024")
+    add("--max-new-tokens", type=count, default=8, help="of an answer; 8B models: 2048; paper: not stated")
+    add("--reward-model", help="scores chats: directory or hub name of a classifier with one label")
+    add("--reward-timeout", type=size, default=5.0, help="seconds until an answer goes unscored")
+    add("--chunk", type=count, default=1024, help="about how many answers to sample in one call")
+    add("--sampler", choices=["vllm", "hf"], default="vllm", help="hf: transformers, slower, no vLLM")
+    add("--gpu-memory", type=size, default=0.6, help="vLLM's share of a GPU (weights and KV cache)")
+    add("--seed", type=int, default=0, help="of sampling")
+    # fmt: on
+    args = parser.parse_args(argv)
+
+    if args.top_p > 1:
+        parser.error(f"--top-p {args.top_p:g}: a share of the probability, at most 1")
+    if args.gpu_memory >= 1:
+        parser.error(f"--gpu-memory {args.gpu_memory:g}: a share of the GPU, between 0 and 1")
+    if args.greedy and (args.samples or 1) > 1:
+        parser.error(f"--samples {args.samples}: --greedy gives the same answer every time; leave one out")
+    samples = 1 if args.greedy else args.samples or SAMPLES
+    if max(args.pass_k, default=1) > samples:
+        parser.error(f"--pass-k {max(args.pass_k)}: needs as many answers to a problem; there are {samples}")
+    if args.greedy:
+        args.temperature, args.top_p = 0.0, 1.0
+    return args
+
+
+def find_model(model: str) -> str:
+    """The directory with the weights, of a run directory or a checkpoint in it; a hub name as it is."""
+    path = Path(model)
+    if not path.exists():
+        return model
+    for directory in (path, path / "model"):
+        if (directory / "config.json").exists():
+            return str(directory)
+    raise argparse.ArgumentError(None, f"--model {model}: no config.json in it or in its model/")
+
+
+# ---- maths
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The chance that k of n answers, drawn without putting back, hold a right one: unbiased for pass@k
+    (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def summary(answers: list[dict], ks: list[int]) -> dict:
+    """What is known from all answers of one source; None where there is too little to tell.
+
+    mean is that over problems of the mean reward of a problem's scored answers. Two ways in which
+    another evaluation would differ: se_samples, the standard error over the N drawings of all problems
+    (sd_samples, the standard deviation of one drawing, is what the paper's tables seem to print behind the
+    +-), and se_problems, that over problems, as if other problems had been drawn.
+    """
+    problems, drawings = defaultdict(list), defaultdict(list)
+    for answer in answers:
+        if answer["reward"] is not None:
+            problems[answer["problem"]].append(answer["reward"])
+            drawings[answer["sample"]].append(answer["reward"])
+    means = [statistics.fmean(rewards) for rewards in problems.values()]
+    sd = statistics.stdev(map(statistics.fmean, drawings.values())) if len(drawings) > 1 else None
+    found = {
+        "problems": len({answer["problem"] for answer in answers}),
+        "samples": 1 + max(answer["sample"] for answer in answers),
+        "mean": statistics.fmean(means) if means else None,
+        "sd_samples": sd,
+        "se_samples": None if sd is None else sd / math.sqrt(len(drawings)),
+        "se_problems": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
+    }
+    for k in ks:
+        scored = [(len(rewards), sum(r == 1 for r in rewards)) for rewards in problems.values()]
+        enough = [pass_at_k(n, right, k) for n, right in scored if n >= k]
+        found[f"pass@{k}"] = statistics.fmean(enough) if enough else None
+    return found | {
+        "length": statistics.fmean(answer["tokens"] for answer in answers),
+        "truncated": statistics.fmean(answer["finish"] == "length" for answer in answers),
+        "failed": sum(answer["reward"] is None and answer["kind"] is not None for answer in answers),
+    }
+
+
+def table(results: list[dict]) -> str:
+    """Markdown, a line a source."""
+    cells = [[*results[0]]]
+    for result in results:
+        cells.append(
+            ["-" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in result.values()]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells)
+
+
+# ---- files
+
+
+def settings(args, model: str, sources: list) -> dict:
+    """All that decides what the answers will be: flags, prompts, weights."""
+    rows = json.dumps([[asdict(row) for row in rows] for rows in sources]).encode()
+    weights = [
+        (f.name, f.stat().st_size, f.stat().st_mtime) for f in sorted(Path(model).glob("*.safetensors"))
+    ]
+    flags = {name: value for name, value in vars(args).items() if name not in FREE}
+    found = {**flags, "model": model, "rows": hashlib.sha256(rows).hexdigest(), "weights": weights}
+    return json.loads(json.dumps(found))
+
+
+def check_settings(out: Path, wanted: dict):
+    """Raises ArgumentError where `out` holds, or began, an evaluation with other settings."""
+    if not (out / "args.json").exists():
+        return
+    found = json.loads((out / "args.json").read_text())["settings"]
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            what = f"--{name.replace('_', '-')} {found.get(name)}, now {value}"
+            what = {"rows": "other rows in --data", "weights": "other weights in --model"}.get(name, what)
+            raise argparse.ArgumentError(
+                None, f"--out {out}: holds an evaluation with other settings ({what}); name another directory"
+            )
+
+
+def read_answers(out: Path, sizes: list[int]) -> dict[int, list[dict]]:
+    """The answers of each chunk that is there whole; a line that an interruption cut off does not count."""
+    chunks = defaultdict(list)
+    for file in [out / "completions.jsonl", *out.glob("completions.rank*.jsonl")]:
+        for line in file.read_bytes().splitlines() if file.exists() else []:
+            try:
+                answer = json.loads(line)
+                chunks[answer["chunk"]].append(answer)
+            except (ValueError, KeyError, TypeError):
+                continue
+    return {c: answers for c, answers in sorted(chunks.items()) if len(answers) == sizes[c]}
+
+
+def write_answers(out: Path, chunks: dict[int, list[dict]]):
+    """All of them into one file, in order; then the ranks' own files can go."""
+    lines = (json.dumps(answer) + "\n" for answers in chunks.values() for answer in answers)
+    runs.write_whole(out / "completions.jsonl", "".join(lines))
+    for file in out.glob("completions.rank*.jsonl"):
+        file.unlink()
+
+
+def write_chats(out: Path, name: str, chats: list[tuple]):
+    """(row, text) pairs, as AlpacaEval and, of its own questions, Arena-Hard read them."""
+    alpaca, arena = [], []
+    for row, text in chats:
+        messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        alpaca.append({"instruction": messages[-1]["content"], "output": text, "generator": name})
+        if row.uid:
+            answer = {"role": "assistant", "content": {"answer": text}}
+            ids = {"uid": row.uid, "ans_id": uuid.uuid4().hex, "model": name}
+            arena.append({**ids, "messages": [*messages, answer], "tstamp": time.time()})
+    runs.write_whole(out / "alpaca_eval.json", json.dumps(alpaca, indent=1) + "\n")
+    if arena:
+        (out / "arena_hard").mkdir(exist_ok=True)
+        lines = "".join(json.dumps(answer) + "\n" for answer in arena)
+        runs.write_whole(out / "arena_hard" / f"{name}.jsonl", lines)
+
+
+# ---- main
+
+
+def main(argv=None):
+    args = get_args(argv)
+
+    # 1 processes and model
+    samplers.require(args.sampler)
+    rank, world, device = policies.start()
+    dtype = policies.compute_dtype(device)
+    model = find_model(args.model)
+    path = Path(args.model).absolute()
+    name = args.name or (path.parent if path.name == "model" and path.exists() else path).name
+    out = args.out or Path("runs") / f"eval-{name}"
+
+    # 2 problems, in chunks: (source, [(number in it, row)], answers to each)
+    length = args.max_prompt_tokens + args.max_new_tokens
+    tokenizer = policies.load_tokenizer(model, length)
+    check = lambda row: rewards.complaint(row) if "reward" in row else None  # noqa: E731
+    sources, dropped = data.load_prompts(args.data, tokenizer, check, args.max_prompt_tokens, rank == 0)
+    wanted = settings(args, model, sources)
+    check_settings(out, wanted)
+    chunks = []
+    for source, rows in enumerate(sources):
+        for chat in (False, True):
+            part = [(i, row) for i, row in enumerate(rows) if (row.reward is None) == chat]
+            n = 1 if args.greedy else args.samples or (1 if chat else SAMPLES)
+            size = max(1, args.chunk // n)
+            chunks += [(source, part[i : i + size], n) for i in range(0, len(part), size)]
+    sizes = [len(part) * n for _, part, n in chunks]
+
+    # 3 reward model, scorer, sampler
+    judge = rewards.RewardModel(args.reward_model, device, dtype) if args.reward_model else None
+    scorer = rewards.Scorer(
+        {row.reward for rows in sources for row in rows if row.reward}, args.reward_timeout
+    )
+    engine = (tokenizer, device, dtype, length, args.gpu_memory, False)
+    sampler = samplers.load_sampler(args.sampler, model, *engine)
+
+    # 4 what an interrupted evaluation has left
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        facts = {"settings": wanted, "ranks": world, **runs.provenance()}
+        runs.write_whole(out / "args.json", json.dumps(facts, indent=1, default=str) + "\n")
+        write_answers(out, read_answers(out, sizes))
+    done = policies.gather([set(read_answers(out, sizes)) if rank == 0 else None])[0]
+    todo = [c for c in range(len(chunks)) if c not in done]
+    if rank == 0 and done:
+        print(f"{sum(sizes[c] for c in done)} of {sum(sizes)} answers are there already", flush=True)
+
+    # 5 sample, score, write
+    mine = todo[rank::world]
+    bar = tqdm(total=sum(sizes[c] for c in mine), desc="evaluating", unit="answer", disable=rank > 0)
+    for c in mine:
+        source, part, n = chunks[c]
+        seed = random.Random(f"{args.seed} evaluate {c}").getrandbits(63)
+        sampling = (n, args.max_new_tokens, args.temperature, seed, args.top_p)
+        groups = list(
+            zip(
+                (row for _, row in part),
+                sampler.generate([row.ids for _, row in part], *sampling),
+                strict=True,
+            )
+        )
+        scorer.score([group for group in groups if group[0].reward])
+        if judge:
+            judge.score([group for group in groups if not group[0].reward])
+        lines = [
+            {"chunk": c, "data": args.data[source], "problem": i, "sample": k, "prompt": row.prompt,
+             "answer": row.answer, "kind": row.reward or (judge and "rm"), "text": completion.text,
+             "tokens": len(completion.ids), "finish": completion.finish, "reward": completion.reward}
+            for (i, _), (row, completions) in zip(part, groups, strict=True)
+            for k, completion in enumerate(completions)
+        ]  # fmt: skip
+        runs.append(out / f"completions.rank{rank}.jsonl", lines)
+        bar.update(sizes[c])
+    bar.close()
+    policies.gather([rank])  # all of them are on disk
+
+    # 6 results
+    if rank == 0:
+        answers = read_answers(out, sizes)
+        write_answers(out, answers)
+        by_source, chats = defaultdict(list), []
+        for c, (source, part, _) in enumerate(chunks):
+            measure = {None: "-", "rm": "reward model"}.get(answers[c][0]["kind"], "accuracy")
+            by_source[args.data[source], measure] += answers[c]
+            first = {answer["problem"]: answer["text"] for answer in answers[c] if answer["sample"] == 0}
+            chats += [(row, first[i]) for i, row in part if row.reward is None]
+        results = [
+            {"data": source, "measure": measure, **summary(answers, args.pass_k)}
+            for (source, measure), answers in by_source.items()
+        ]
+        facts |= {"name": name, "dropped": dropped, "results": results}
+        runs.write_whole(out / "results.json", json.dumps(facts, indent=1, default=str) + "\n")
+        if chats:
+            write_chats(out, name, chats)
+        print(table(results))
+        left_out = f"; {dropped} problems over --max-prompt-tokens were left out" if dropped else ""
+        print(f"{sum(sizes)} answers and results.json: {out}{left_out}", flush=True)
+    scorer.close()
+    sampler.close()
+    policies.stop()
+
+
+if __name__ == "__main__":
+    runs.launch(main)
