@@ -88,7 +88,7 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--weight-decay", type=size0, default=0.1, help="paper: not stated; the original code's default")
     add("--grad-clip", type=size, default=1.0, help="largest gradient norm; paper (T4): 0.1")
     add("--warmup-steps", type=count0, default=0, help="steps of linear warm-up; paper: not stated")
-    add("--beta", type=size, default=1.0, help="DPO's beta; paper (T4): 0.1 maths, 0.01 chat")
+    add("--beta", type=size, default=3.0, help="DPO's beta; paper (T4): 0.1 maths, 0.01 chat")
     add("--seed", type=int, default=0, help="of the order of prompts, of sampling and of pairs")
     # log
     add("--eval-every", type=count0, default=50, help="steps between validations, 0: none")

@@ -1,6 +1,6 @@
 """Draws the README's figures from the logs in results/toy/ (needs matplotlib, which training does not).
 
-    python results/plot.py             # writes results/toy.png and results/brake.png
+python results/plot.py             # writes results/toy.png and results/brake.png
 """
 
 import json
@@ -77,7 +77,9 @@ def draw(axis, names: dict, against: str):
             label, (x, y), (right * 1.04, place), color=colour, va="center", fontsize=9, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},
         )  # fmt: skip
-    axis.set(xlim=(0, right), ylim=(0, 1), xlabel="optimizer step" if against == "step" else "seconds of training")
+    axis.set(
+        xlim=(0, right), ylim=(0, 1), xlabel="optimizer step" if against == "step" else "seconds of training"
+    )
     axis.set_ylabel("validation accuracy")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,98 @@
+"""The model card, and the loggers that are asked for by flag."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import run as runs
+
+FACTS = {
+    "args": {"model": "org/base", "data": ["a.jsonl", "org/set"], "sync_steps": "inf", "steps": 7},
+    "command": ["/somewhere/train_grpo.py", "--model", "org/base", "--out", "a b"],
+    "ranks": 2, "commit": "abc", "versions": {"torch": "2"},
+}  # fmt: skip
+
+
+def test_the_card_names_base_data_command_and_results():
+    card = runs.model_card(FACTS, {"accuracy after": 0.51234}, {"reward": 0.5, "time/step": 1.0})
+    head, body = card.removeprefix("---\n").split("---\n", 1)
+    assert head.splitlines() == [
+        "library_name: transformers", "pipeline_tag: text-generation", "base_model: org/base",
+        "tags:", "- reinforcement-learning", "- grpo",
+    ]  # fmt: skip
+    assert "Data: a.jsonl, org/set" in body and "train_grpo.py --model org/base --out 'a b'\n" in body
+    assert "| accuracy after | 0.5123 |\n| reward | 0.5 |\n" in body and "time/step" not in body
+    assert (
+        "2 rank(s), at commit abc" in body and "Licence: yet to be chosen" in body and "license:" not in head
+    )
+
+
+def test_a_local_base_model_is_no_hub_name(tmp_path):
+    card = runs.model_card(FACTS | {"args": FACTS["args"] | {"model": str(tmp_path)}}, {}, {})
+    assert "base_model" not in card
+
+
+FAKE_WANDB = """
+import json
+class Run:
+    def log(self, metrics, step):
+        print("logged", json.dumps([step, metrics]), file=out)
+    def finish(self):
+        print("finished", file=out)
+def init(project, name, config, dir):
+    global out
+    out = open("wandb.txt", "w", buffering=1)
+    print(project, name, config["sync_steps"], file=out)
+    return Run()
+"""
+
+
+def short(tmp_path, *flags):
+    valid = (ROOT / "toy" / "valid.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "valid.jsonl").write_text("".join(valid[:8]))
+    command = [sys.executable, ROOT / "train_grpo.py", "--sampler", "hf", "--steps", "2", "--eval-every", "2"]
+    command += ["--prompts-per-step", "4", "--eval-data", "valid.jsonl", "--out", "run", *flags]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+
+
+def test_wandb_gets_what_the_file_gets(tmp_path):
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+    done = short(tmp_path, "--wandb", "proj")
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, *logged, last = (tmp_path / "wandb.txt").read_text().splitlines()
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert first == "proj run 1" and last == "finished"
+    assert [json.loads(line.removeprefix("logged ")) for line in logged] == [[m["step"], m] for m in metrics]
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"| accuracy after | {metrics[-1]['eval/accuracy']:.4g} |" in card and "--wandb proj" in card
+    assert "--wandb" not in done.stderr
+
+
+def test_tensorboard_gets_what_the_file_gets(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = short(tmp_path, "--tensorboard")
+    assert done.returncode == 0, done.stderr[-2000:]
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    wanted = [(m["step"], m["reward"]) for m in metrics if "reward" in m]
+    assert [(e.step, e.value) for e in events.Scalars("reward")] == pytest.approx(wanted)
+    assert len(events.Scalars("eval/accuracy")) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "package"), [(["--wandb", "p"], "wandb"), (["--tensorboard"], "tensorboard")]
+)
+def test_a_missing_logger_is_one_line(tmp_path, flags, package):
+    hide = f"import importlib.util as u, sys\nfind = u.find_spec\nu.find_spec = lambda name, *a: None if name == {package!r} else find(name, *a)\n"
+    (tmp_path / "sitecustomize.py").write_text(hide)
+    done = short(tmp_path, *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"--{package}: not installed; `pip install {package}`" in done.stderr
+    assert not (tmp_path / "run").exists()
