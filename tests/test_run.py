@@ -90,7 +90,11 @@ def test_tensorboard_gets_what_the_file_gets(tmp_path):
     ("flags", "package"), [(["--wandb", "p"], "wandb"), (["--tensorboard"], "tensorboard")]
 )
 def test_a_missing_logger_is_one_line(tmp_path, flags, package):
-    hide = f"import importlib.util as u, sys\nfind = u.find_spec\nu.find_spec = lambda name, *a: None if name == {package!r} else find(name, *a)\n"
+    hide = f"""
+import importlib.util as u
+find = u.find_spec
+u.find_spec = lambda name, *a: None if name == {package!r} else find(name, *a)
+"""
     (tmp_path / "sitecustomize.py").write_text(hide)
     done = short(tmp_path, *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
