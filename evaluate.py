@@ -167,7 +167,7 @@ def settings(args, model: str, sources: list) -> dict:
 def check_settings(out: Path, wanted: dict):
     """Raises ArgumentError where `out` holds, or began, an evaluation with other settings."""
     if not (out / "args.json").exists():
-        return
+        return runs.check_writable(out)
     found = json.loads((out / "args.json").read_text())["settings"]
     for name, value in wanted.items():
         if found.get(name) != value:

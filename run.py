@@ -55,12 +55,7 @@ class Run:
                     None, f"--{package}: not installed; `pip install {package}` or leave the flag out"
                 )
         for path in filter(None, (self.directory, args.save_rollouts)):
-            parent = next(p for p in path.absolute().parents if p.exists())
-            try:
-                with tempfile.TemporaryFile(dir=self.directory if path.is_dir() else parent):
-                    pass
-            except OSError as error:
-                raise ArgumentError(None, f"{path}: cannot be written ({error.strerror.lower()})") from error
+            check_writable(path)
 
     def begin(self, world: int):
         """Makes the directory and writes args.json: flags, versions, commit."""
@@ -128,6 +123,16 @@ class Run:
                 {"step": step, **asdict(row), "completions": [*map(asdict, cs)]} for row, cs in groups
             ]
             append(self.args.save_rollouts, rollouts)
+
+
+def check_writable(path: Path):
+    """Raises ArgumentError where no file can be made at `path` or, a directory, in it; leaves nothing there."""
+    folder = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ArgumentError(None, f"{path}: cannot be written ({error.strerror.lower()})") from error
 
 
 def append(path: Path, entries: list[dict]):

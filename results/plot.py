@@ -66,13 +66,14 @@ def draw(axis, names: dict, against: str):
         axis.fill_between(x, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.15, linewidth=0)
         ends.append([mean[-1], x[-1], label, colour])
     ends.sort(key=lambda end: end[0])
-    right, places, top = max(x for _, x, *_ in ends), [], 0.99
+    right, places, top = max(end[1] for end in ends), [], 0.99
     for y, *_ in reversed(ends):  # from the top down; labels that would overlap move apart
         places.insert(0, min(y, top))
         top = places[0] - 0.06
     for place, (y, x, label, colour) in zip(places, ends, strict=True):
         axis.annotate(
-            label, (x, y), (right * 1.04, place), color=colour, va="center", fontsize=9, annotation_clip=False,
+            label, (x, y), (right * 1.04, place), color=colour, va="center", fontsize=9,
+            annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},
         )  # fmt: skip
     axis.set(xlim=(0, right), ylim=(0, 1))

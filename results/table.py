@@ -1,18 +1,42 @@
-"""Prints the README's table from results/toy/: final validation accuracy, mean and sd over seeds."""
+"""Prints the README's table from results/toy/: validation accuracy over seeds, and where the time went.
+
+python results/table.py
+"""
 
 import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
-runs = defaultdict(list)
-for directory in sorted((Path(__file__).parent / "toy").glob("*-seed[0-9]")):
+HERE = Path(__file__).parent
+
+
+def facts(directory: Path) -> dict:
+    """Of one run: accuracy at its end, seconds of training, tokens sampled a second."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    accuracy = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
-    runs[directory.name.rsplit("-", 1)[0]].append((accuracy[0], accuracy[-1]))
-print("| run | seeds | start | after 400 steps | sd | each |\n|---|---|---|---|---|---|")
-for name, accuracies in sorted(runs.items(), key=lambda run: -statistics.mean(last for _, last in run[1])):
-    first, last = ([pair[k] for pair in accuracies] for k in (0, 1))
-    cells = [name, len(last), f"{statistics.mean(first):.2f}", f"**{statistics.mean(last):.2f}**"]
-    cells += [f"{statistics.stdev(last):.2f}", ", ".join(f"{x:.2f}" for x in last)]
-    print("| " + " | ".join(map(str, cells)) + " |")
+    steps = [line for line in lines if "loss" in line]
+    calls = [line for line in steps if "tokens_per_second/sample" in line]
+    sampled = sum(line["tokens_per_second/sample"] * line["time/sample"] for line in calls)
+    return {
+        "accuracy": [line["eval/accuracy"] for line in lines if "eval/accuracy" in line][-1],
+        "seconds": sum(line["time/step"] for line in steps),
+        "speed": sampled / sum(line["time/sample"] for line in calls),
+    }
+
+
+def main():
+    runs = defaultdict(list)
+    for directory in sorted((HERE / "toy").glob("*-seed[0-9]")):
+        runs[directory.name.rsplit("-", 1)[0]].append(facts(directory))
+    print("| run | accuracy | sd | each seed | seconds of training | tokens sampled a second |")
+    print("|---|---|---|---|---|---|")
+    for name, seeds in sorted(runs.items(), key=lambda run: -statistics.mean(f["accuracy"] for f in run[1])):
+        accuracies = [seed["accuracy"] for seed in seeds]
+        seconds, speed = (statistics.median(seed[key] for seed in seeds) for key in ("seconds", "speed"))
+        each = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
+        cells = [f"{statistics.mean(accuracies):.2f}", f"{statistics.stdev(accuracies):.2f}", each]
+        print("| " + " | ".join([name, *cells, f"{seconds:.0f}", f"{speed:,.0f}"]) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,10 @@ import sys
 import pytest
 from conftest import ROOT, TOY
 
+import evaluate
 import run as runs
 import train_dpo
+import train_grpo
 
 GOOD = {"prompt": "1+2=", "reward": "exact", "answer": "3"}
 
@@ -99,6 +101,40 @@ CASES = [
     ("--save-rollouts {tmp}/good.jsonl", "--save-rollouts {tmp}/good.jsonl: exists already"),
 ]
 
+GRPO_CASES = [
+    ("--data {tmp}/broken.jsonl", "{tmp}/broken.jsonl, line 17: not JSON"),
+    ("--sync-steps 0", "--sync-steps: 0 is not a whole number above 0, nor inf"),
+    ("--samples-per-prompt 1", "--samples-per-prompt 1: a group needs 2"),
+    ("--micro-batch-tokens 31", "--micro-batch-tokens 31: an answer can have 32"),
+    ("--beta -1", "--beta: -1 is not a number from 0 on"),
+    ("--loss-norm mean", "invalid choice: 'mean'"),
+    ("--clip-low 1", "--clip-low 1: ratios are above 0"),
+    ("--clip-high 0", "--clip-high: 0 is not a number above 0"),
+    ("--is-cap 1.1", "--is-cap 1.1: must not be below 1 + --clip-high = 1.2"),
+    ("--out {tmp}/taken", "--out {tmp}/taken: already holds a run"),
+]
+EVALUATE_CASES = [
+    ("--model {tmp}/nowhere", "--model {tmp}/nowhere"),
+    ("--model {tmp}/taken", "--model {tmp}/taken: no config.json in it or in its model/"),
+    ("--data {tmp}/missing.jsonl", "{tmp}/missing.jsonl: no such file"),
+    ("--data {tmp}/unknown.jsonl", "line 3: unknown reward 'numina'"),
+    ("--samples 0", "--samples: 0 is not"),
+    ("--top-p 1.5", "--top-p 1.5: a share"),
+    ("--temperature 0", "--temperature: 0 is not a number above 0"),
+    ("--greedy --samples 3", "--samples 3: --greedy gives the same answer every time"),
+    ("--pass-k 8 --samples 4", "--pass-k 8: needs as many answers to a problem; there are 4"),
+    ("--pass-k 0", "--pass-k: 0 is not"),
+    ("--max-new-tokens 200", "its context of 128 tokens is less than"),
+    ("--reward-model {tmp}/nowhere", "--reward-model {tmp}/nowhere: cannot be loaded"),
+    ("--reward-model {tmp}/labels", "--reward-model {tmp}/labels: it has 2 labels, not one"),
+    ("--out {tmp}/file/deeper", "{tmp}/file/deeper: cannot be written"),
+]
+ALL = [
+    pytest.param(script, *case, id=f"{script.__name__} {case[0]}")
+    for script, cases in ((train_dpo, CASES), (train_grpo, GRPO_CASES), (evaluate, EVALUATE_CASES))
+    for case in cases
+]
+
 
 @pytest.fixture(scope="module")
 def tmp(tmp_path_factory, tokenizer):
@@ -110,16 +146,21 @@ def tmp(tmp_path_factory, tokenizer):
     for file in TOY.iterdir():
         if "template" not in file.name:
             (directory / "template" / file.name).write_bytes(file.read_bytes())
+    (directory / "labels").mkdir()
+    for file in TOY.iterdir():
+        (directory / "labels" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((TOY / "config.json").read_text()) | {"num_labels": 2}
+    (directory / "labels" / "config.json").write_text(json.dumps(config))
     return directory
 
 
-@pytest.mark.parametrize(("flags", "said"), CASES, ids=[flags for flags, _ in CASES])
-def test_bad_input(flags, said, tmp, device, capsys, monkeypatch):
+@pytest.mark.parametrize(("script", "flags", "said"), ALL)
+def test_bad_input(script, flags, said, tmp, device, capsys, monkeypatch):
     argv = flags.format(tmp=tmp).split()
     monkeypatch.chdir(tmp)
     before = sorted(tmp.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
-        runs.launch(lambda: train_dpo.main(argv))
+        runs.launch(lambda: script.main(argv))
     error = capsys.readouterr().err.strip()
     error = error[error.rfind("\r") + 1 :]  # after the progress bars
     assert stopped.value.code == 2

@@ -98,25 +98,22 @@ def test_offline_keeps_its_first_weights_and_saves_what_it_sampled(rollouts, tmp
     assert [m["reward"] for m in steps] == pytest.approx(wanted)
 
 
-def test_ranks_and_micro_batches_do_not_change_the_update(torchrun, rollouts, tmp):
+@pytest.mark.parametrize(
+    ("script", "smallest", "flags"),
+    [
+        ("train_dpo.py", 64, []),
+        ("train_grpo.py", 32, []),
+        ("train_grpo.py", 32, ["--loss-norm", "token", "--no-std-norm", "--beta", 0.1]),
+    ],
+)
+def test_ranks_and_micro_batches_do_not_change_the_update(torchrun, rollouts, tmp, script, smallest, flags):
     """13 prompts over 2 ranks: unequal shares, and unequal numbers of micro-batches."""
     norms, weights = {}, {}
-    for ranks, tokens in [(1, 4096), (1, 100), (1, 64), (2, 64)]:
-        out = tmp / f"{ranks}-{tokens}"
-        flags = [
-            "--rollouts",
-            rollouts,
-            "--sync-steps",
-            "inf",
-            "--steps",
-            2,
-            "--eval-every",
-            0,
-            "--sampler",
-            "hf",
-        ]
-        flags += ["--prompts-per-step", 13, "--micro-batch-tokens", tokens, "--out", out]
-        torchrun(ranks, "train_dpo.py", *short(tmp, *flags))
+    common = ["--rollouts", rollouts, "--sync-steps", "inf", "--steps", 2, "--eval-every", 0, *flags]
+    common += ["--sampler", "hf", "--prompts-per-step", 13]
+    for ranks, tokens in [(1, 4096), (1, 100), (1, smallest), (2, smallest)]:
+        out = tmp / f"{script}{len(flags)}-{ranks}-{tokens}"
+        torchrun(ranks, script, *short(tmp, *common, "--micro-batch-tokens", tokens, "--out", out))
         norms[ranks, tokens] = [m["grad_norm"] for m in read(out / "metrics.jsonl")]
         weights[ranks, tokens] = torch.cat(
             [t.flatten() for t in load_file(out / "model/model.safetensors").values()]
@@ -126,6 +123,32 @@ def test_ranks_and_micro_batches_do_not_change_the_update(torchrun, rollouts, tm
     for key, got in weights.items():
         assert norms[key] == pytest.approx(norms[1, 4096], rel=1e-5)
         assert (got - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_grpo_with_stale_samples_and_a_moving_reference(torchrun, tmp):
+    out = tmp / "grpo"
+    flags = "--steps 4 --sync-steps 2 --eval-every 3 --sync-ref --lr 1e-3 --beta 0.01 --sampler hf".split()
+    torchrun(2, "train_grpo.py", *short(tmp, *flags, "--out", out))
+    steps = [m for m in read(out / "metrics.jsonl") if "loss" in m]
+    assert [m["sync/age"] for m in steps] == [0, 1, 0, 1]
+    # right after a reload the policy is the reference, and nothing is clipped
+    assert [m["kl"] == 0 for m in steps] == [True, False, True, False]
+    assert [m["clip_ratio"] == 0 for m in steps] == [True, False, True, False]
+    assert all(0 < m["entropy"] < 4.2 and 0 < m["kl"] + 1e-9 < 1 for m in steps)
+
+
+def test_grpo_without_anything_to_learn_changes_nothing(torchrun, tmp):
+    """Rewards that are all equal: counted, no gradient, and weights as they were (no decay either)."""
+    rows = [{"prompt": f"{i}+{i}=", "reward": "exact", "answer": "never"} for i in range(20)]
+    (tmp / "never.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp / "equal"
+    flags = ["--data", tmp / "never.jsonl", "--steps", 2, "--eval-every", 0, "--sampler", "hf", "--out", out]
+    torchrun(2, "train_grpo.py", *short(tmp, *flags))
+    steps = read(out / "metrics.jsonl")
+    assert [(m["frac_reward_zero_std"], m["grad_norm"], m["loss"], m["reward"]) for m in steps] == [
+        (1, 0, 0, 0)
+    ] * 2
+    assert torch.equal(flat(out / "model"), flat(TOY))
 
 
 def test_a_sampler_that_keeps_its_weights_stops_the_run_at_the_first_reload(tmp):
