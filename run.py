@@ -126,7 +126,7 @@ class Run:
 
 
 def check_writable(path: Path):
-    """Raises ArgumentError where no file can be made at `path` or, a directory, in it; leaves nothing there."""
+    """Raises ArgumentError where no file can be made at `path` or, a directory, in it; leaves nothing."""
     folder = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
     try:
         with tempfile.TemporaryFile(dir=folder):
