@@ -51,8 +51,9 @@ def test_every_flag_named_is_declared(capsys):
 def test_every_metric_logged_is_explained_and_the_other_way_round():
     table = README.split("| metric |")[1].split("\n\n")[0]
     assert "sync/age" in table
-    logged = set(re.findall(r'"((?:rewards|completions|sync|eval|memory|sampler)/\w+)"', "".join(
-        (ROOT / name).read_text() for name in ("train_dpo.py", "train_grpo.py", "run.py", "sampler.py"))))  # fmt: skip
+    sources = "".join((ROOT / name).read_text() for name in [*SCRIPTS, "run.py", "sampler.py"])
+    names = r'"((?:(?:rewards|completions|sync|eval|memory|sampler)/\w+)|kl|clip_ratio)"'
+    logged = set(re.findall(names, sources))
     missing = {name for name in logged if name not in table and "_" + name.split("_")[-1] not in table}
     assert len(logged) >= 13 and not missing
 
