@@ -74,7 +74,7 @@ def draw(axis, names: dict, against: str):
         axis.annotate(
             label, (x, y), (right * 1.04, place), color=colour, va="center", fontsize=9,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
         )  # fmt: skip
     axis.set(xlim=(0, right), ylim=(0, 1))
     axis.set_xlabel("optimizer step" if against == "step" else "seconds of training")
