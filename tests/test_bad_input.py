@@ -156,7 +156,10 @@ def tmp(tmp_path_factory, tokenizer):
 
 @pytest.mark.parametrize(("script", "flags", "said"), ALL)
 def test_bad_input(script, flags, said, tmp, device, capsys, monkeypatch):
-    argv = flags.format(tmp=tmp).split()
+    argv = ["--model", str(TOY), "--data", str(TOY.parent / "train.jsonl")]  # from any directory
+    if script is not evaluate:
+        argv += ["--eval-data", str(TOY.parent / "valid.jsonl")]
+    argv += flags.format(tmp=tmp).split()
     monkeypatch.chdir(tmp)
     before = sorted(tmp.rglob("*"))
     with pytest.raises(SystemExit) as stopped:

@@ -16,6 +16,7 @@ from conftest import ROOT, TOY
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import evaluate
+import policy as policies
 import rewards
 
 COMMON = ["--temperature", "1", "--top-p", "1", "--samples", "6", "--chunk", "60", "--sampler", "hf"]
@@ -29,6 +30,12 @@ def tmp(tmp_path_factory):
     chats = [{"prompt": "12+3=", "uid": "a1"}, {"prompt": [{"role": "user", "content": "4+4="}], "uid": "b2"}]
     (directory / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     return directory
+
+
+@pytest.fixture
+def keep_group(device, monkeypatch):
+    """An evaluation in this process must not end the process group that other tests use."""
+    monkeypatch.setattr(policies, "stop", lambda: None)
 
 
 def read(path):
@@ -148,7 +155,7 @@ def test_a_reward_model_reads_the_last_token_whatever_else_is_in_the_batch(rewar
     assert len(set(together[:4])) == 4
 
 
-def test_chats_become_files_for_alpaca_eval_and_arena_hard(reward_model, tmp):
+def test_chats_become_files_for_alpaca_eval_and_arena_hard(reward_model, tmp, keep_group):
     out = tmp / "chats"
     flags = ["--data", tmp / "chats.jsonl", "--reward-model", reward_model, "--name", "ours", "--out", out]
     evaluate.main([*map(str, flags), "--sampler", "hf"])
@@ -168,7 +175,7 @@ def test_chats_become_files_for_alpaca_eval_and_arena_hard(reward_model, tmp):
     )
 
 
-def test_greedy_is_one_answer_and_always_the_same(tmp):
+def test_greedy_is_one_answer_and_always_the_same(tmp, keep_group):
     for name in ("greedy1", "greedy2"):
         seed = ["--seed", name[-1]]
         flags = ["--data", tmp / "valid.jsonl", "--greedy", "--sampler", "hf", "--out", tmp / name]

@@ -33,7 +33,7 @@ def test_the_card_names_base_data_command_and_results():
 
 def test_a_local_base_model_is_no_hub_name(tmp_path):
     card = runs.model_card(FACTS | {"args": FACTS["args"] | {"model": str(tmp_path)}}, {}, {})
-    assert "base_model" not in card
+    assert "\nbase_model:" not in card
 
 
 FAKE_WANDB = """
