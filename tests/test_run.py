@@ -56,7 +56,8 @@ def short(tmp_path, *flags):
     (tmp_path / "valid.jsonl").write_text("".join(valid[:8]))
     command = [sys.executable, ROOT / "train_grpo.py", "--sampler", "hf", "--steps", "2", "--eval-every", "2"]
     command += ["--prompts-per-step", "4", "--eval-data", "valid.jsonl", "--out", "run", *flags]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
     return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
 
 
@@ -81,8 +82,9 @@ def test_tensorboard_gets_what_the_file_gets(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    wanted = [(m["step"], m["reward"]) for m in metrics if "reward" in m]
-    assert [(e.step, e.value) for e in events.Scalars("reward")] == pytest.approx(wanted)
+    steps = [m for m in metrics if "reward" in m]
+    assert [event.step for event in events.Scalars("reward")] == [m["step"] for m in steps]
+    assert [event.value for event in events.Scalars("reward")] == pytest.approx([m["reward"] for m in steps])
     assert len(events.Scalars("eval/accuracy")) == 2
 
 
