@@ -128,7 +128,8 @@ def _text(value) -> str | None:
 
 
 def load_rollouts(path: Path, completion: type, vocab: int, max_tokens: int) -> list[tuple[Row, list]]:
-    """The (row, completions) groups that --save-rollouts wrote; completion: the class to make of them.
+    """The (row, completions) groups that --save-rollouts wrote; completion: the class to make of them. Their
+    version, a step of another run, becomes 0: here they are as old as the training.
 
     Raises ArgumentError for what is no rollout, has ids of another tokenizer (from `vocab` on), or is longer
     than `max_tokens`, prompt and completion.
@@ -137,7 +138,7 @@ def load_rollouts(path: Path, completion: type, vocab: int, max_tokens: int) -> 
     for number, line in read_jsonl(path):
         try:
             row = Row(line["prompt"], line["ids"], line["reward"], line["answer"])
-            completions = [completion(**fields) for fields in line["completions"]]
+            completions = [completion(**(fields | {"version": 0})) for fields in line["completions"]]
             ids = [[*row.ids, *c.ids] for c in completions]
             longest, largest = max(map(len, ids)), max(map(max, ids))
         except (KeyError, TypeError, ValueError) as error:

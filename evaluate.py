@@ -79,6 +79,8 @@ def get_args(argv=None) -> argparse.Namespace:
     samples = 1 if args.greedy else args.samples or SAMPLES
     if max(args.pass_k, default=1) > samples:
         parser.error(f"--pass-k {max(args.pass_k)}: needs as many answers to a problem; there are {samples}")
+    if "/" in (args.name or ""):
+        parser.error(f"--name {args.name}: becomes a file's name, so no /")
     if args.greedy:
         args.temperature, args.top_p = 0.0, 1.0
     return args
@@ -104,7 +106,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def summary(answers: list[dict], ks: list[int]) -> dict:
+def summary(answers: list[dict], ks: list[int], verifiable=True) -> dict:
     """What is known from all answers of one source; None where there is too little to tell.
 
     mean is that over problems of the mean reward of a problem's scored answers. Two ways in which
@@ -130,7 +132,7 @@ def summary(answers: list[dict], ks: list[int]) -> dict:
     for k in ks:
         scored = [(len(rewards), sum(r == 1 for r in rewards)) for rewards in problems.values()]
         enough = [pass_at_k(n, right, k) for n, right in scored if n >= k]
-        found[f"pass@{k}"] = statistics.fmean(enough) if enough else None
+        found[f"pass@{k}"] = statistics.fmean(enough) if enough and verifiable else None
     return found | {
         "length": statistics.fmean(answer["tokens"] for answer in answers),
         "truncated": statistics.fmean(answer["finish"] == "length" for answer in answers),
@@ -166,9 +168,13 @@ def settings(args, model: str, sources: list) -> dict:
 
 def check_settings(out: Path, wanted: dict):
     """Raises ArgumentError where `out` holds, or began, an evaluation with other settings."""
+    if out.exists() and not out.is_dir():
+        raise argparse.ArgumentError(None, f"--out {out}: a file, not a directory")
     if not (out / "args.json").exists():
         return runs.check_writable(out)
-    found = json.loads((out / "args.json").read_text())["settings"]
+    found = json.loads((out / "args.json").read_text()).get("settings")
+    if found is None:
+        raise argparse.ArgumentError(None, f"--out {out}: holds something else; name another directory")
     for name, value in wanted.items():
         if found.get(name) != value:
             what = f"--{name.replace('_', '-')} {found.get(name)}, now {value}"
@@ -180,15 +186,16 @@ def check_settings(out: Path, wanted: dict):
 
 def read_answers(out: Path, sizes: list[int]) -> dict[int, list[dict]]:
     """The answers of each chunk that is there whole; a line that an interruption cut off does not count."""
-    chunks = defaultdict(list)
+    chunks = defaultdict(dict)  # by problem and sample: a kill can leave a chunk in two files
     for file in [out / "completions.jsonl", *out.glob("completions.rank*.jsonl")]:
         for line in file.read_bytes().splitlines() if file.exists() else []:
             try:
                 answer = json.loads(line)
-                chunks[answer["chunk"]].append(answer)
+                chunks[answer["chunk"]][answer["problem"], answer["sample"]] = answer
             except (ValueError, KeyError, TypeError):
                 continue
-    return {c: answers for c, answers in sorted(chunks.items()) if len(answers) == sizes[c]}
+    whole = {c: answers for c, answers in sorted(chunks.items()) if len(answers) == sizes[c]}
+    return {c: [answers[key] for key in sorted(answers)] for c, answers in whole.items()}
 
 
 def write_answers(out: Path, chunks: dict[int, list[dict]]):
@@ -234,7 +241,7 @@ def main(argv=None):
     # 2 problems, in chunks: (source, [(number in it, row)], answers to each)
     length = args.max_prompt_tokens + args.max_new_tokens
     tokenizer = policies.load_tokenizer(model, length)
-    check = lambda row: rewards.complaint(row) if "reward" in row else None  # noqa: E731
+    check = lambda row: None if row.get("reward") is None else rewards.complaint(row)  # noqa: E731
     sources, dropped = data.load_prompts(args.data, tokenizer, check, args.max_prompt_tokens, rank == 0)
     wanted = settings(args, model, sources)
     check_settings(out, wanted)
@@ -306,7 +313,7 @@ def main(argv=None):
             first = {answer["problem"]: answer["text"] for answer in answers[c] if answer["sample"] == 0}
             chats += [(row, first[i]) for i, row in part if row.reward is None]
         results = [
-            {"data": source, "measure": measure, **summary(answers, args.pass_k)}
+            {"data": source, "measure": measure, **summary(answers, args.pass_k, measure == "accuracy")}
             for (source, measure), answers in by_source.items()
         ]
         facts |= {"name": name, "dropped": dropped, "results": results}

@@ -226,6 +226,8 @@ class RewardModel:
         """The reward of each list of messages, the last of which is the answer; None over `max_tokens`."""
         import torch
 
+        if not conversations:
+            return []
         texts = [self.tokenizer.apply_chat_template(c, tokenize=False) for c in conversations]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them
         short = [i for i in range(len(ids)) if len(ids[i]) <= self.max_tokens]

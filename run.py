@@ -40,7 +40,7 @@ class Run:
             return
         if self.directory.exists() and not self.directory.is_dir():
             raise ArgumentError(None, f"--out {self.directory}: a file, not a directory")
-        for file in ("args.json", "metrics.jsonl"):
+        for file in ("args.json", "metrics.jsonl", "model"):
             if (self.directory / file).exists():
                 raise ArgumentError(
                     None, f"--out {self.directory}: already holds a run ({file}); name another directory"
@@ -152,6 +152,8 @@ def model_card(facts: dict, results: dict[str, float], metrics: dict[str, float]
     """A README.md for the exported model, in the form of the Hugging Face hub; the licence is the owner's."""
     args, [script, *flags] = facts["args"], facts["command"]
     script, model, s = Path(script).name, args["model"], args["sync_steps"]
+    synced = "kept its first weights" if s == "inf" else f"took over the policy's weights every {s} step(s)"
+    data = [args["rollouts"]] if args["rollouts"] else args["data"]
     results = results | {k: metrics[k] for k in ("reward", "entropy", "completions/length") if k in metrics}
     table = "\n".join(f"| {name} | {value:.4g} |" for name, value in results.items())
     base = "" if Path(model).exists() else f"base_model: {model}\n"
@@ -165,8 +167,7 @@ pipeline_tag: text-generation
 
 # {Path(model).name} after {args["steps"]} steps of {script}
 
-Base model: {model}. Data: {", ".join(args["data"])}. The sampler took over the policy's weights every
-{s} step(s).
+Base model: {model}. Data: {", ".join(map(str, data))}. The sampler {synced}.
 
 ```
 {shlex.join([script, *flags])}

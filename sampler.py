@@ -9,6 +9,7 @@ the oracle of the tests.
 import contextlib
 import gc
 import importlib.util
+import math
 import os
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable
@@ -340,16 +341,17 @@ def require(kind: str):
 
 def self_test(
     sampler, policy_logps: Callable, prompts: list[list[int]], max_new_tokens: int, temperature: float
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[Completion]]:
     """Lets the sampler begin an answer to each of a fixed batch of prompts and scores it with the policy.
 
     policy_logps: list of (prompt ids, completion ids) -> list of log-prob tensors; collective if the policy
-    is sharded. Returns sampler/logp_gap_mean and _max of |policy - sampler| over tokens (nats) on this rank;
-    raises SyncError, with the worst token, where they are beyond GAP_LIMITS of the sampler's dtype.
+    is sharded. Returns sampler/logp_gap_mean and _max of |policy - sampler| over tokens (nats) on this rank,
+    and the answers; raises SyncError, with the worst token, where the gaps are beyond GAP_LIMITS of the
+    sampler's dtype.
     """
-    groups = sampler.generate(prompts, 1, min(max_new_tokens, TEST_TOKENS), temperature, seed=0)
-    sequences = [(prompt, group[0].ids) for prompt, group in zip(prompts, groups, strict=True)]
-    theirs = torch.cat([torch.tensor(group[0].logps) for group in groups])
+    answers = _test_answers(sampler, prompts, max_new_tokens, temperature)
+    sequences = [(prompt, answer.ids) for prompt, answer in zip(prompts, answers, strict=True)]
+    theirs = torch.cat([torch.tensor(answer.logps) for answer in answers])
     gaps = (torch.cat(policy_logps(sequences)) - theirs).abs().nan_to_num(nan=float("inf"))
     worst = int(gaps.argmax())
     limit_mean, limit_max = GAP_LIMITS[sampler.dtype]
@@ -360,4 +362,27 @@ def self_test(
             f"own tokens differ by {gaps.mean():.2g} on average (limit {limit_mean:g}) and {gaps.max():.2g} "
             f"at most (limit {limit_max:g}), which is at the token {sampler.tokenizer.decode([token])!r}"
         )
-    return {"sampler/logp_gap_mean": gaps.mean().item(), "sampler/logp_gap_max": gaps.max().item()}
+    return {"sampler/logp_gap_mean": gaps.mean().item(), "sampler/logp_gap_max": gaps.max().item()}, answers
+
+
+def same_test(sampler, before: list[Completion], prompts, max_new_tokens: int, temperature: float):
+    """For weights that are brought back when no policy holds them any more: the sampler must answer as it did
+    when `self_test` found them right. Answers are compared up to the first token that differs, since rounding
+    can change one. Raises SyncError.
+    """
+    answers = _test_answers(sampler, prompts, max_new_tokens, temperature)
+    for old, new in zip(before, answers, strict=True):
+        differ = [a != b for a, b in zip(old.ids, new.ids, strict=False)]
+        same = differ.index(True) if True in differ else len(differ)
+        pairs = zip(old.logps[:same], new.logps[:same], strict=True)
+        gap = max((abs(a - b) for a, b in pairs), default=math.inf)
+        if not gap <= GAP_LIMITS[sampler.dtype][1]:
+            raise SyncError(
+                f"the sampler does not hold the weights of step {sampler.version}, which were brought back: "
+                f"log-probs of its answer {new.text!r} differ by {gap:.2g} from those of that time"
+            )
+
+
+def _test_answers(sampler, prompts, max_new_tokens: int, temperature: float) -> list[Completion]:
+    groups = sampler.generate(prompts, 1, min(max_new_tokens, TEST_TOKENS), temperature, seed=0)
+    return [answer for [answer] in groups]

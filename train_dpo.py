@@ -200,6 +200,7 @@ def main(argv=None):
     run.say(f"{prompts.epoch_size} prompts, {dropped} more dropped for length; writing {run.directory}")
     test = ([row.ids for row in valid[:8]], args.max_new_tokens, args.temperature)
     window, window_step = None, 0  # the weights that the sampler keeps, and the step they are from
+    tested = []  # what the sampler answered with them to the self-test
     reference_step = 0  # the step that the reference is from
     queue = deque()  # generated ahead: for each step this rank's groups, a group being (row, completions)
     first = accuracy = validate(0) if args.eval_every else math.nan
@@ -221,7 +222,8 @@ def main(argv=None):
                 reference_step = step
                 if reference:
                     reference.restore(window)
-            metrics |= samplers.self_test(sampler, policy.logps, *test)
+            gaps, tested = samplers.self_test(sampler, policy.logps, *test)
+            metrics |= gaps
         clock.append(time.perf_counter())
 
         # ---- sample: in one call for the whole window, or for as much of it as --generate-ahead allows
@@ -234,10 +236,7 @@ def main(argv=None):
             else:
                 if sampler.version != window_step:  # a validation has put newer weights into it
                     sampler.reload(policy.full_weights(dtype, window), window_step)
-                    if (
-                        reference and reference_step == window_step
-                    ):  # else nobody here still computes with these weights
-                        samplers.self_test(sampler, reference.logps, *test)
+                    samplers.same_test(sampler, tested, *test)
                 fresh = sample(sum(steps, []), args.samples_per_prompt, step)
                 groups = iter(fresh)
                 queue.extend([next(groups) for _ in rows] for rows in steps)

@@ -202,7 +202,8 @@ def main(argv=None):
     # 3 policy and reference
     where = (args.model, device, len(tokenizer), args.temperature)
     policy = policies.load_policy(*where, activation_checkpointing=args.activation_checkpointing)
-    reference = policies.load_policy(*where, trainable=False) if args.beta else None
+    online = s == 1 and args.sync_ref  # then the reference is the policy of the step itself, and never runs
+    reference = None if online or not args.beta else policies.load_policy(*where, trainable=False)
 
     # 4 sampler and scorer
     engine = (tokenizer, device, dtype, length, args.gpu_memory, args.sleep)
@@ -239,10 +240,13 @@ def main(argv=None):
     # 6 the loop
     run.begin(world)
     run.say(f"{batch_size} prompts x {args.samples_per_prompt} samples a step over {world} rank(s)")
-    run.say("the loss prints near 0, since a group's advantages add up to 0: watch reward, kl and entropy")
+    run.say(
+        "the loss prints near 0 or goes with length, as advantages add up to 0: watch reward, kl, entropy"
+    )
     run.say(f"{prompts.epoch_size} prompts, {dropped} more dropped for length; writing {run.directory}")
     test = ([row.ids for row in valid[:8]], args.max_new_tokens, args.temperature)
     window, window_step = None, 0  # the weights that the sampler keeps, and the step they are from
+    tested = []  # what the sampler answered with them to the self-test
     reference_step = 0  # the step that the reference is from
     queue = deque()  # generated ahead: for each step this rank's groups, a group being (row, completions)
     first = accuracy = validate(0) if args.eval_every else math.nan
@@ -264,7 +268,8 @@ def main(argv=None):
                 reference_step = step
                 if reference:
                     reference.restore(window)
-            metrics |= samplers.self_test(sampler, policy.logps, *test)
+            gaps, tested = samplers.self_test(sampler, policy.logps, *test)
+            metrics |= gaps
         clock.append(time.perf_counter())
 
         # ---- sample: in one call for the whole window, or for as much of it as --generate-ahead allows
@@ -277,10 +282,7 @@ def main(argv=None):
             else:
                 if sampler.version != window_step:  # a validation has put newer weights into it
                     sampler.reload(policy.full_weights(dtype, window), window_step)
-                    if (
-                        reference and reference_step == window_step
-                    ):  # else nobody here still computes with these weights
-                        samplers.self_test(sampler, reference.logps, *test)
+                    samplers.same_test(sampler, tested, *test)
                 fresh = sample(sum(steps, []), args.samples_per_prompt, step)
                 groups = iter(fresh)
                 queue.extend([next(groups) for _ in rows] for rows in steps)
@@ -301,8 +303,8 @@ def main(argv=None):
         sums = runs.group_sums(step, groups)
         sums["sampled"] = sum(len(c.ids) for _, completions in fresh for c in completions)
         # the denominators count all answers of the step, those of equal rewards too (the original code's)
-        answer_tokens = policies.sum_over_ranks(sums)["length"]
-        count = (batch_size * args.samples_per_prompt, max(1, answer_tokens))
+        total = policies.sum_over_ranks(sums)
+        count = (total["completions"], max(1, total["length"]))
         stale = step > window_step or bool(args.rollouts)
         widths = [len(prompt) + len(c.ids) for prompt, c, _ in answers]
         for micro_batch in policies.micro_batches(widths, 1, args.micro_batch_tokens):

@@ -12,12 +12,16 @@ HERE = Path(__file__).parent
 
 
 def facts(directory: Path) -> dict:
-    """Of one run: accuracy at its end, seconds of training, tokens sampled a second."""
+    """Of one run: its command, accuracy at its end, seconds of training, tokens sampled a second."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     calls = [line for line in steps if "tokens_per_second/sample" in line]
     sampled = sum(line["tokens_per_second/sample"] * line["time/sample"] for line in calls)
+    command = json.loads((directory / "args.json").read_text())["command"]
+    flags = [*zip(command[1::2], command[2::2], strict=True)]
+    flags = [f"{flag} {value}" for flag, value in flags if flag not in ("--out", "--seed", "--log-samples")]
     return {
+        "command": " ".join([Path(command[0]).name, *flags]),
         "accuracy": [line["eval/accuracy"] for line in lines if "eval/accuracy" in line][-1],
         "seconds": sum(line["time/step"] for line in steps),
         "speed": sampled / sum(line["time/sample"] for line in calls),
@@ -28,14 +32,15 @@ def main():
     runs = defaultdict(list)
     for directory in sorted((HERE / "toy").glob("*-seed[0-9]")):
         runs[directory.name.rsplit("-", 1)[0]].append(facts(directory))
-    print("| run | accuracy | sd | each seed | seconds of training | tokens sampled a second |")
-    print("|---|---|---|---|---|---|")
+    print("| command | accuracy | sd | each seed | seconds | sampled tokens/s | log: results/toy/ |")
+    print("|---|---|---|---|---|---|---|")
     for name, seeds in sorted(runs.items(), key=lambda run: -statistics.mean(f["accuracy"] for f in run[1])):
         accuracies = [seed["accuracy"] for seed in seeds]
         seconds, speed = (statistics.median(seed[key] for seed in seeds) for key in ("seconds", "speed"))
         each = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
         cells = [f"{statistics.mean(accuracies):.2f}", f"{statistics.stdev(accuracies):.2f}", each]
-        print("| " + " | ".join([name, *cells, f"{seconds:.0f}", f"{speed:,.0f}"]) + " |")
+        cells = [f"`{seeds[0]['command']}`", *cells, f"{seconds:.0f}", f"{speed:,.0f}", name + "-seed*"]
+        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

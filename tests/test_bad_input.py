@@ -49,6 +49,8 @@ FILES = {
     "foreign.jsonl": lines({**GOOD, "ids": [1, 5], "completions": [completion(9, 3), completion(64, 3)]}),
     "long.jsonl": lines({**GOOD, "ids": [1] * 30, "completions": [completion(9, 3), completion(9, 9, 3)]}),
     "taken/metrics.jsonl": "",
+    "exported/model/config.json": "{}",
+    "other/args.json": "{}",
     "file": "",
 }
 
@@ -95,6 +97,7 @@ CASES = [
     ("--sampler sglang", "invalid choice: 'sglang'"),
     ("--sync-step 3", "unrecognized arguments: --sync-step 3"),
     ("--out {tmp}/taken", "--out {tmp}/taken: already holds a run"),
+    ("--out {tmp}/exported", "--out {tmp}/exported: already holds a run (model)"),
     ("--out {tmp}/file", "--out {tmp}/file: a file"),
     ("--out {tmp}/file/deeper", "cannot be written"),
     ("--out /proc/none/run", "/proc/none/run: cannot be written"),
@@ -128,6 +131,9 @@ EVALUATE_CASES = [
     ("--reward-model {tmp}/nowhere", "--reward-model {tmp}/nowhere: cannot be loaded"),
     ("--reward-model {tmp}/labels", "--reward-model {tmp}/labels: it has 2 labels, not one"),
     ("--out {tmp}/file/deeper", "{tmp}/file/deeper: cannot be written"),
+    ("--out {tmp}/file", "--out {tmp}/file: a file, not a directory"),
+    ("--out {tmp}/other", "--out {tmp}/other: holds something else"),
+    ("--name org/model", "--name org/model: becomes a file's name"),
 ]
 ALL = [
     pytest.param(script, *case, id=f"{script.__name__} {case[0]}")
@@ -140,7 +146,7 @@ ALL = [
 def tmp(tmp_path_factory, tokenizer):
     directory = tmp_path_factory.mktemp("bad")
     for name, content in FILES.items():
-        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (directory / "template").mkdir()
     for file in TOY.iterdir():

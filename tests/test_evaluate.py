@@ -28,6 +28,7 @@ def tmp(tmp_path_factory):
     valid = (ROOT / "toy" / "valid.jsonl").read_text().splitlines(keepends=True)
     (directory / "valid.jsonl").write_text("".join(valid[:100]))
     chats = [{"prompt": "12+3=", "uid": "a1"}, {"prompt": [{"role": "user", "content": "4+4="}], "uid": "b2"}]
+    chats += [{"prompt": "1+1=", "reward": "exact", "answer": "2"}, {"prompt": "5+5=", "reward": None}]
     (directory / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     return directory
 
@@ -118,6 +119,9 @@ def test_a_killed_evaluation_goes_on_to_the_same_answers(whole, tmp):
     assert not (out / "results.json").exists()
     with open(part, "a") as file:
         file.write('{"chunk": 9, "data"')  # a line that the kill cut off
+    (out / "completions.jsonl").write_bytes(
+        part.read_bytes()
+    )  # and one between two writes: a chunk is there twice
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "answers are there already" in done.stdout
     assert (out / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
@@ -158,17 +162,19 @@ def test_a_reward_model_reads_the_last_token_whatever_else_is_in_the_batch(rewar
 def test_chats_become_files_for_alpaca_eval_and_arena_hard(reward_model, tmp, keep_group):
     out = tmp / "chats"
     flags = ["--data", tmp / "chats.jsonl", "--reward-model", reward_model, "--name", "ours", "--out", out]
-    evaluate.main([*map(str, flags), "--sampler", "hf"])
-    alpaca = pandas.read_json(out / "alpaca_eval.json", dtype=False)  # as AlpacaEval loads it
+    evaluate.main([*map(str, flags), "--sampler", "hf", "--pass-k", "1"])
+    alpaca = pandas.read_json(out / "alpaca_eval.json", dtype=False)  # AlpacaEval reads it with this function
     assert list(alpaca.columns) == ["instruction", "output", "generator"]
-    assert list(alpaca["instruction"]) == ["12+3=", "4+4="] and set(alpaca["generator"]) == {"ours"}
+    assert list(alpaca["instruction"]) == ["12+3=", "4+4=", "5+5="] and set(alpaca["generator"]) == {"ours"}
     arena = {line["uid"]: line for line in read(out / "arena_hard" / "ours.jsonl")}
-    answers = read(out / "completions.jsonl")
-    for uid, text, got in zip(["a1", "b2"], alpaca["output"], answers, strict=True):
-        assert arena[uid]["messages"][-1] == {"role": "assistant", "content": {"answer": str(text)}}
-        assert arena[uid]["model"] == "ours" and got["text"] == str(text) and got["kind"] == "rm"
-    [result] = json.loads((out / "results.json").read_text())["results"]
-    assert result["measure"] == "reward model" and result["samples"] == 1
+    answers = [line for line in read(out / "completions.jsonl") if line["kind"] == "rm"]
+    assert [line["text"] for line in answers] == list(alpaca["output"])
+    for uid, text in zip(["a1", "b2"], alpaca["output"], strict=False):
+        assert arena[uid]["messages"][-1] == {"role": "assistant", "content": {"answer": text}}
+        assert arena[uid]["model"] == "ours"
+    accuracy, result = json.loads((out / "results.json").read_text())["results"]
+    assert (accuracy["measure"], accuracy["samples"]) == ("accuracy", 50) and accuracy["pass@1"] is not None
+    assert (result["measure"], result["samples"]) == ("reward model", 1) and result["pass@1"] is None
     assert (
         result["mean"] == pytest.approx(statistics.fmean(a["reward"] for a in answers))
         and result["mean"] != 0

@@ -11,7 +11,10 @@ from conftest import ROOT
 import run as runs
 
 FACTS = {
-    "args": {"model": "org/base", "data": ["a.jsonl", "org/set"], "sync_steps": "inf", "steps": 7},
+    "args": {
+        "model": "org/base", "data": ["a.jsonl", "org/set"], "rollouts": None, "sync_steps": "inf",
+        "steps": 7,
+    },
     "command": ["/somewhere/train_grpo.py", "--model", "org/base", "--out", "a b"],
     "ranks": 2, "commit": "abc", "versions": {"torch": "2"},
 }  # fmt: skip
@@ -24,7 +27,10 @@ def test_the_card_names_base_data_command_and_results():
         "library_name: transformers", "pipeline_tag: text-generation", "base_model: org/base",
         "tags:", "- reinforcement-learning", "- grpo",
     ]  # fmt: skip
-    assert "Data: a.jsonl, org/set" in body and "train_grpo.py --model org/base --out 'a b'\n" in body
+    assert (
+        "Data: a.jsonl, org/set. The sampler kept its first weights." in body
+        and "train_grpo.py --model org/base --out 'a b'\n" in body
+    )
     assert "| accuracy after | 0.5123 |\n| reward | 0.5 |\n" in body and "time/step" not in body
     assert (
         "2 rank(s), at commit abc" in body and "Licence: yet to be chosen" in body and "license:" not in head

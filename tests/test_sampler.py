@@ -95,9 +95,23 @@ def test_after_a_reload_the_sampler_is_the_policy_and_before_it_is_not(sampler, 
     with pytest.raises(samplers.SyncError):
         samplers.self_test(sampler, moved.logps, prompts, 6, 1.0)
     sampler.reload(moved.full_weights(F32), 7)
-    gaps = samplers.self_test(sampler, moved.logps, prompts, 6, 1.0)
+    gaps, _ = samplers.self_test(sampler, moved.logps, prompts, 6, 1.0)
     assert gaps["sampler/logp_gap_max"] < 1e-3
     assert sampler.version == 7 and sampler.generate(prompts[:1], 1, 2, 1.0, 0)[0][0].version == 7
+
+
+def test_weights_that_are_brought_back_must_answer_as_before(sampler, moved, prompts):
+    sampler.reload(moved.full_weights(F32), 7)
+    _, before = samplers.self_test(sampler, moved.logps, prompts, 6, 1.0)
+    seventh = moved.snapshot(F32)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.mul_(1.01)
+    sampler.reload(moved.full_weights(F32), 9)
+    with pytest.raises(samplers.SyncError, match="weights of step 9, which were brought back"):
+        samplers.same_test(sampler, before, prompts, 6, 1.0)
+    sampler.reload(moved.full_weights(F32, seventh), 7)
+    samplers.same_test(sampler, before, prompts, 6, 1.0)
 
 
 def test_keys_and_values_of_old_weights_are_forgotten(vllm, fresh, prompts):

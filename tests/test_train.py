@@ -137,6 +137,12 @@ def test_grpo_with_stale_samples_and_a_moving_reference(torchrun, tmp):
     assert all(0 < m["entropy"] < 4.2 and 0 < m["kl"] + 1e-9 < 1 for m in steps)
 
 
+def test_online_grpo_needs_no_reference_that_follows(torchrun, tmp):
+    out = tmp / "online"
+    torchrun(1, "train_grpo.py", *short(tmp, "--steps", 2, "--sync-ref", "--sampler", "hf", "--out", out))
+    assert [m["kl"] for m in read(out / "metrics.jsonl") if "loss" in m] == [0, 0]
+
+
 def test_grpo_without_anything_to_learn_changes_nothing(torchrun, tmp):
     """Rewards that are all equal: counted, no gradient, and weights as they were (no decay either)."""
     rows = [{"prompt": f"{i}+{i}=", "reward": "exact", "answer": "never"} for i in range(20)]
