@@ -8,11 +8,17 @@ A row is one JSON object:
 and whatever else its owner keeps.
 """
 
+import argparse
 import functools
+import hashlib
 import itertools
 import json
+import os
 import random
+import re
+import sys
 from argparse import ArgumentError
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +86,7 @@ def load_prompts(
     """Loads, checks and tokenizes; returns (the rows of each source, how many were dropped for being too
     long).
 
-    sources: .jsonl or .parquet files, or datasets on the hub as `name` or `name:split` (default split:
-    train).
+    sources: .jsonl or .parquet files, or datasets on the hub as `name[:split[:config]]` (split: train).
     check: what is wrong with the reward fields of a raw row, or None (rewards.complaint).
     max_tokens: a longer prompt is dropped, never cut: a cut problem has another answer.
     Raises ArgumentError that names the source and the line or row of the first fault.
@@ -173,8 +178,21 @@ def _prompt_complaint(row) -> str | None:
     return f"`prompt` must be a text or a list of messages, not {json.dumps(prompt)[:80]}"
 
 
-def _read(source: str) -> tuple[list[tuple[int, dict]], str]:
-    """([(number, raw row)], what the number counts)."""
+class _Numbered:
+    """The (number, row) pairs of a dataset, read from disk each time: some are too large for a list."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __iter__(self):
+        return enumerate(self.dataset)
+
+
+def _read(source: str, revision: str | None = None) -> tuple[list | _Numbered, str]:
+    """((number, raw row) pairs, what the number counts)."""
     if Path(source).suffix in (".jsonl", ".json"):
         return list(read_jsonl(source)), "line"
     from datasets import load_dataset, logging  # a second to import, and only needed here
@@ -186,8 +204,8 @@ def _read(source: str) -> tuple[list[tuple[int, dict]], str]:
                 raise ArgumentError(None, f"{source}: no such file")
             dataset = load_dataset("parquet", data_files=source, split="train")
         else:
-            name, _, split = source.partition(":")
-            dataset = load_dataset(name, split=split or "train")
+            name, split, config = (*source.split(":"), "", "")[:3]
+            dataset = load_dataset(name, config or None, split=split or "train", revision=revision)
     except ArgumentError:
         raise
     except Exception as error:  # the hub's, pyarrow's and datasets' own, many kinds
@@ -195,7 +213,7 @@ def _read(source: str) -> tuple[list[tuple[int, dict]], str]:
         raise ArgumentError(
             None, f"{source}: neither a .jsonl or .parquet file nor a dataset that loads ({reason})"
         ) from error
-    return list(enumerate(dataset)), "row"
+    return _Numbered(dataset), "row"
 
 
 def read_jsonl(path: str):
@@ -212,3 +230,207 @@ def read_jsonl(path: str):
         raise ArgumentError(None, f"{path}: {error.strerror.lower()}") from error
     except UnicodeDecodeError as error:
         raise ArgumentError(None, f"{path}: not UTF-8 text") from error
+
+
+# ---- preparation: `python data.py numinamath` writes rows, and a manifest of what was dropped and why
+
+# the paper's prompt (figure 4); the model's chat template goes around it
+MATHS = (
+    "Given the following problem, reason and give a final answer to the problem.\nProblem: {problem}\n"
+    "Your response should end with 'The final answer is $\\boxed{{[answer]}}$. I hope it is correct.' "
+    "where [answer] is the response to the problem."
+)
+SYNTHETIC = {"orca_math", "synthetic_amc", "synthetic_math"}  # subsets that the paper leaves out
+PROOF = re.compile(r"\b(prove|show|demonstrate|verify) that\b|^\W*(prove|show)\b", re.I)
+CHOICES = re.compile(r"(\(A\)|\bA[.)]|\\text(bf)?\{\(?A\)?).*(\(B\)|\bB[.)]|\\text(bf)?\{\(?B\)?)", re.S)
+SPLITS = {  # rows of each split, in this order; None: all that are left
+    "numinamath": {"valid": 1980, "test": 1980, "train": None},  # the paper holds out 1,980 each
+    "wildchat": {
+        "valid": 470,
+        "train": 1000,
+    },  # as many as in the paper's selection set, which is another one
+    "math500": {"test": None},
+    "amc23": {"test": None},
+    "gsm8k": {"test": None},
+}
+SOURCES = {
+    "numinamath": "AI-MO/NuminaMath-1.5",
+    "wildchat": "allenai/WildChat-1M",
+    "math500": "HuggingFaceH4/MATH-500:test",
+    "amc23": "zwhe99/amc23:test",
+    "gsm8k": "openai/gsm8k:test:main",
+}
+COLUMNS = {
+    "numinamath": ["problem", "solution", "source"],
+    "wildchat": ["conversation", "language", "toxic"],
+    "math500": ["problem", "answer"],
+    "amc23": ["question", "answer"],
+    "gsm8k": ["question", "answer"],
+}
+
+
+def maths(problem: str, answer, **more) -> dict:
+    return {
+        "prompt": MATHS.format(problem=problem.strip()),
+        "reward": "math",
+        "answer": str(answer).strip(),
+        **more,
+    }
+
+
+def numinamath(raw: dict) -> dict | str:
+    """A row, or why there is none. NuminaMath-1.5 names proofs and multiple choice; NuminaMath-CoT does not,
+    and has the answer in the solution alone.
+    """
+    if raw["source"] in SYNTHETIC or raw.get("synthetic"):
+        return "synthetic"
+    kind, answer = raw.get("question_type"), raw.get("answer")
+    if kind == "proof" or answer == "proof" or (kind is None and PROOF.search(raw["problem"])):
+        return "proof"
+    if kind == "MCQ" or (kind is None and CHOICES.search(raw["problem"])):
+        return "multiple choice"
+    answer = last_boxed(raw["solution"] or "") if answer is None else answer
+    if not answer.strip() or answer == "notfound":
+        return "no answer"
+    return maths(raw["problem"], answer, source=raw["source"], solution=raw["solution"])
+
+
+def wildchat(raw: dict) -> dict | str:
+    """A row of the first message, or why there is none."""
+    first = raw["conversation"][0]
+    if first.get("language", raw["language"]) != "English":
+        return "not English"
+    if raw["toxic"] or first.get("toxic"):
+        return "toxic"
+    if not first["content"].strip():
+        return "empty"
+    return {"prompt": first["content"], "reward": "rm"}
+
+
+def math500(raw: dict) -> dict | str:
+    return maths(raw["problem"], raw["answer"])
+
+
+def amc23(raw: dict) -> dict | str:
+    return maths(raw["question"], str(raw["answer"]).removesuffix(".0"))
+
+
+def gsm8k(raw: dict) -> dict | str:
+    return maths(raw["question"], raw["answer"].split("####")[-1].strip().replace(",", ""))
+
+
+def last_boxed(text: str) -> str:
+    r"""What stands in the last \boxed{...}, braces balanced; "" without one."""
+    start = text.rfind("\\boxed{") + len("\\boxed{")
+    depth = 1
+    for end in range(start, len(text) if start >= len("\\boxed{") else 0):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[start:end]
+    return ""
+
+
+def prepare(name: str, source: str, revision: str | None, out: Path, splits: dict, seed: int) -> dict:
+    """Writes one .jsonl a split and manifest.json into `out`; returns the manifest."""
+    raw, where = _read(source, revision)
+    rows, dropped, seen = [], Counter(), set()
+    for number, line in tqdm(raw, desc=name):
+        missing = [column for column in COLUMNS[name] if column not in line]
+        if missing:
+            has = ", ".join(line)
+            raise ArgumentError(None, f"{source}, {where} {number}: no column {missing[0]!r} (it has: {has})")
+        row = globals()[name](line)
+        if isinstance(row, dict):
+            key = " ".join(row["prompt"].lower().split())
+            row = "duplicate" if key in seen else row
+            seen.add(key)
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            dropped[row] += 1
+    if name == "numinamath":
+        rows, bad = _parsable(rows)
+        dropped["Math-Verify does not find the answer in the solution"] += bad
+    random.Random(seed).shuffle(rows)
+    manifest = {
+        "name": name, "source": source, "revision": revision or _revision(source), "seed": seed,
+        "read": len(raw), "dropped": dict(dropped), "left": len(rows), "files": {},
+    }  # fmt: skip
+    files = {}
+    for split, size in splits.items():
+        part, rows = (rows, []) if size is None else (rows[:size], rows[size:])
+        if not part or (size and len(part) < size):
+            raise ArgumentError(
+                None, f"{source}: {len(part)} rows are left for {split}, wanted {size or 'some'}"
+            )
+        files[f"{split}.jsonl"] = "".join(json.dumps(row) + "\n" for row in part).encode()
+        facts = {"rows": len(part), "sha256": hashlib.sha256(files[f"{split}.jsonl"]).hexdigest()}
+        manifest["files"][f"{split}.jsonl"] = facts
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        _write(out / name, content)
+    _write(out / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    return manifest
+
+
+def _parsable(rows: list[dict]) -> tuple[list[dict], int]:
+    """The rows whose own solution Math-Verify scores 1 (training could never reward the others), and how
+    many are not. The solution is not kept."""
+    import rewards  # the only use of another file of ours here, by the command alone
+
+    verifiers = rewards.Verifiers({"math"}, timeout=5.0, workers=os.cpu_count() or 2)
+    found = []
+    for start in tqdm(range(0, len(rows), 1024), desc="checking solutions"):
+        found += verifiers(
+            [("math", row["answer"], row.pop("solution")) for row in rows[start : start + 1024]]
+        )
+    verifiers.close()
+    kept = [row for row, reward in zip(rows, found, strict=True) if reward == 1]
+    return kept, len(rows) - len(kept)
+
+
+def _revision(source: str) -> str | None:
+    """The commit of a dataset on the hub; None for a file."""
+    if Path(source).exists():
+        return None
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(source.split(":")[0]).sha
+
+
+def _write(path: Path, content: bytes):
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.rename(path)
+
+
+def get_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Turns a dataset of the hub into rows, with the paper's filters."
+    )
+    parser.add_argument("name", choices=list(SOURCES))
+    parser.add_argument("--source", help="another copy of it: .jsonl, .parquet, hub name[:split[:config]]")
+    parser.add_argument("--revision", help="commit of the hub's dataset (default: the newest)")
+    parser.add_argument("--out", type=Path, help="directory (default: datasets/<name>)")
+    parser.add_argument(
+        "--train", type=int, help="training rows; paper: 1000 WildChat, mixed 100000 and 50000"
+    )
+    parser.add_argument("--valid", type=int, help="validation rows (default: the paper's)")
+    parser.add_argument("--test", type=int, help="test rows (default: the paper's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of rows")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    splits = {split: getattr(args, split) or size for split, size in SPLITS[args.name].items()}
+    out = args.out or Path("datasets") / args.name
+    manifest = prepare(args.name, args.source or SOURCES[args.name], args.revision, out, splits, args.seed)
+    print(json.dumps(manifest, indent=1))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ArgumentError as error:
+        sys.exit(f"data.py: error: {error}")
