@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 evaluate.py --model meta-llama/Llama-3.1-8B-Instruct --data math500.jsonl
 
 Each problem gets N sampled answers (the paper's evaluation: N = 50, temperature 0.6, top-p 0.9). Rows with a
-verifiable reward are scored by it. Rows without one are chats: their first answers go to the files that
-AlpacaEval and Arena-Hard read, and a --reward-model scores them all.
+verifiable reward are scored by it. The others are chats: their first answers go to the files that AlpacaEval
+and Arena-Hard read, and a reward model or a judge scores them all.
 
 Problems are answered in chunks that depend on the settings alone, each with a seed of its own, and a chunk is
 on disk before the next begins: the same command, on any number of ranks, goes on with an interrupted
@@ -22,7 +22,7 @@ import statistics
 import time
 import uuid
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -36,7 +36,8 @@ import sampler as samplers
 TOY = Path(os.path.relpath(Path(__file__).parent)) / "toy"
 SAMPLES = 50  # of a verifiable problem, as in the paper; 1 of a chat
 # flags that change nothing in the answers: the same evaluation may go on with others
-FREE = {"out", "gpu_memory", "reward_timeout", "pass_k", "name"}
+FREE = {"out", "name", "pass_k", "gpu_memory", "reward_timeout", "reward_offload", "judge_timeout"}
+FREE |= {"judge_concurrency"}
 
 
 def get_args(argv=None) -> argparse.Namespace:
@@ -61,8 +62,7 @@ def get_args(argv=None) -> argparse.Namespace:
         help="also print pass@K, the chance that one of K answers is right")
     add("--max-prompt-tokens", type=count, default=24, help="longer ones are left out; 8B models: 1024")
     add("--max-new-tokens", type=count, default=8, help="of an answer; 8B models: 2048; paper: not stated")
-    add("--reward-model", help="scores chats: directory or hub name of a classifier with one label")
-    add("--reward-timeout", type=size, default=5.0, help="seconds until an answer goes unscored")
+    rewards.add_flags(add, count, size)
     add("--chunk", type=count, default=1024, help="about how many answers to sample in one call")
     add("--sampler", choices=["vllm", "hf"], default="vllm", help="hf: transformers, slower, no vLLM")
     add("--gpu-memory", type=size, default=0.6, help="vLLM's share of a GPU (weights and KV cache)")
@@ -95,6 +95,10 @@ def find_model(model: str) -> str:
         if (directory / "config.json").exists():
             return str(directory)
     raise argparse.ArgumentError(None, f"--model {model}: no config.json in it or in its model/")
+
+
+def measure_of(reward: str | None) -> str:
+    return {None: "-", "rm": "reward model", "judge": "judge"}.get(reward, "accuracy")
 
 
 # ---- maths
@@ -243,22 +247,21 @@ def main(argv=None):
     tokenizer = policies.load_tokenizer(model, length)
     check = lambda row: None if row.get("reward") is None else rewards.complaint(row)  # noqa: E731
     sources, dropped = data.load_prompts(args.data, tokenizer, check, args.max_prompt_tokens, rank == 0)
+    if args.reward_model:  # rows without a reward are then scored by it
+        sources = [[replace(row, reward=row.reward or "rm") for row in rows] for rows in sources]
     wanted = settings(args, model, sources)
     check_settings(out, wanted)
     chunks = []
     for source, rows in enumerate(sources):
-        for chat in (False, True):
-            part = [(i, row) for i, row in enumerate(rows) if (row.reward is None) == chat]
-            n = 1 if args.greedy else args.samples or (1 if chat else SAMPLES)
+        for measure in ("accuracy", "reward model", "judge", "-"):
+            part = [(i, row) for i, row in enumerate(rows) if measure_of(row.reward) == measure]
+            n = 1 if args.greedy else args.samples or (SAMPLES if measure == "accuracy" else 1)
             size = max(1, args.chunk // n)
             chunks += [(source, part[i : i + size], n) for i in range(0, len(part), size)]
     sizes = [len(part) * n for _, part, n in chunks]
 
     # 3 reward model, scorer, sampler
-    judge = rewards.RewardModel(args.reward_model, device, dtype) if args.reward_model else None
-    scorer = rewards.Scorer(
-        {row.reward for rows in sources for row in rows if row.reward}, args.reward_timeout
-    )
+    scorer = rewards.Scorer({row.reward for rows in sources for row in rows} - {None}, args, device, dtype)
     engine = (tokenizer, device, dtype, length, args.gpu_memory, False)
     sampler = samplers.load_sampler(args.sampler, model, *engine)
 
@@ -287,12 +290,10 @@ def main(argv=None):
                 strict=True,
             )
         )
-        scorer.score([group for group in groups if group[0].reward])
-        if judge:
-            judge.score([group for group in groups if not group[0].reward])
+        scorer.score(groups)
         lines = [
             {"chunk": c, "data": args.data[source], "problem": i, "sample": k, "prompt": row.prompt,
-             "answer": row.answer, "kind": row.reward or (judge and "rm"), "text": completion.text,
+             "answer": row.answer, "kind": row.reward, "text": completion.text,
              "tokens": len(completion.ids), "finish": completion.finish, "reward": completion.reward}
             for (i, _), (row, completions) in zip(part, groups, strict=True)
             for k, completion in enumerate(completions)
@@ -308,10 +309,10 @@ def main(argv=None):
         write_answers(out, answers)
         by_source, chats = defaultdict(list), []
         for c, (source, part, _) in enumerate(chunks):
-            measure = {None: "-", "rm": "reward model"}.get(answers[c][0]["kind"], "accuracy")
+            measure = measure_of(part[0][1].reward)
             by_source[args.data[source], measure] += answers[c]
             first = {answer["problem"]: answer["text"] for answer in answers[c] if answer["sample"] == 0}
-            chats += [(row, first[i]) for i, row in part if row.reward is None]
+            chats += [(row, first[i]) for i, row in part if measure != "accuracy"]
         results = [
             {"data": source, "measure": measure, **summary(answers, args.pass_k, measure == "accuracy")}
             for (source, measure), answers in by_source.items()

@@ -169,7 +169,8 @@ class Policy(nn.Module):
         Collective: every rank calls it together, with as many sequences as it has (none is fine).
         """
         out = [torch.zeros(0)] * len(sequences)
-        for batch in micro_batches([len(p) + len(c) for p, c in sequences], 1, max_tokens):
+        widths = [len(prompt) + len(completion) for prompt, completion in sequences]
+        for batch in micro_batches(widths, [1] * len(widths), max_tokens):
             logps_BT, _, mask_BT = self(*collate([sequences[i] for i in batch], self.device))
             for row, i in enumerate(batch):
                 out[i] = logps_BT[row][mask_BT[row]].cpu()
@@ -286,19 +287,22 @@ def clip_gradients(policy: Policy, max_norm: float) -> float:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def micro_batches(widths: list[int], rows: int, max_tokens: int) -> list[list[int]]:
+def micro_batches(widths: list[int], rows: list[int], max_tokens: int) -> list[list[int]]:
     """Packs units into micro-batches of at most `max_tokens` padded tokens; returns the indices of each.
 
-    A unit is `rows` sequences that must meet in one forward (2 for a DPO pair), the longest of them
+    A unit is rows[i] sequences that must meet in one forward (2 for a DPO pair), the longest of them
     widths[i] tokens. Longest first: what does not fit in memory fails at once, and neighbours differ little,
     so little is padding. Collective: every rank gets the same number, since each forward and backward is a
     collective; ranks that run out get empty ones, for which `collate` makes a dummy.
     """
     batches: list[list[int]] = []
+    filled = 0  # sequences of the last batch
     for i in sorted(range(len(widths)), key=lambda i: -widths[i]):
-        if not batches or (len(batches[-1]) + 1) * rows * widths[batches[-1][0]] > max_tokens:
+        if not batches or (filled + rows[i]) * widths[batches[-1][0]] > max_tokens:
             batches.append([])
+            filled = 0
         batches[-1].append(i)
+        filled += rows[i]
     count = torch.tensor(len(batches))
     dist.all_reduce(count, dist.ReduceOp.MAX)
     return batches + [[] for _ in range(count.item() - len(batches))]

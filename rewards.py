@@ -1,14 +1,15 @@
-"""What an answer is worth: one row at a time, in worker processes that are killed at a deadline.
+"""What an answer is worth: verifiers, a reward model, a judge; the row's `reward` says which.
 
-`math` hands model output to a computer algebra system: an answer like 9^9^9^9 never returns, or takes all
-memory. So every reward runs in a child process of its own (this file, run as a script: it imports neither
-torch nor vLLM). What
-overruns the deadline or the memory limit, or breaks its worker, is scored None: such a sample leaves its
-group and is counted, it is never scored 0.
+A verifier like `math` hands model output to a computer algebra system: an answer like 9^9^9^9 never returns,
+or takes all memory. So verifiers run in child processes of their own (this file, run as a script: it imports
+neither torch nor vLLM), which are killed at a deadline. What has no verdict, because it overran the deadline
+or the memory limit, broke its worker, or a judge could not be reached or understood, is scored None: such a
+sample leaves its group and is counted, it is never scored 0.
 """
 
 import argparse
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -17,8 +18,10 @@ import os
 import queue
 import re
 import select
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 MEMORY = 2 * 2**30  # bytes of address space of a worker
@@ -90,11 +93,8 @@ def _math_configs():
     return (gold,), (LatexExtractionConfig(boxed_match_priority=0),)
 
 
-REWARDS = {
-    "exact": exact,
-    "gsm8k": gsm8k,
-    "math": math_verify,
-}  # (reference answer, completion text) -> reward
+VERIFIERS = {"exact": exact, "gsm8k": gsm8k, "math": math_verify}  # (reference answer, text) -> reward
+REWARDS = [*VERIFIERS, "rm", "judge"]
 
 
 def complaint(row: dict) -> str | None:
@@ -104,12 +104,67 @@ def complaint(row: dict) -> str | None:
     if not isinstance(row["reward"], str) or row["reward"] not in REWARDS:
         return f"unknown reward {row['reward']!r} (known: {', '.join(REWARDS)})"
     answer = row.get("answer")
-    if answer is None or isinstance(answer, (bool, list, dict)) or not str(answer).strip():
+    if row["reward"] in VERIFIERS and (
+        answer is None or isinstance(answer, (bool, list, dict)) or not str(answer).strip()
+    ):
         return f"reward `{row['reward']}` needs an `answer`, a text or a number"
     return None
 
 
+def add_flags(add: Callable, count: Callable, size: Callable):
+    """Declares this file's flags; add: a parser's add_argument; count, size: types of numbers above 0."""
+    # fmt: off
+    add("--reward-timeout", type=size, default=5.0, help="seconds until a verifier leaves an answer unscored")
+    add("--reward-model", help="of rows with reward rm: directory or hub name; paper: Nexusflow/Athene-RM-8B")
+    add("--reward-offload", action="store_true", help="the reward model waits in host memory between steps")
+    add("--judge-url", help="of rows with reward judge: OpenAI-compatible, as http://127.0.0.1:8000/v1")
+    add("--judge-model", help="its name there; the key comes from the environment: JUDGE_API_KEY")
+    add("--judge-pairwise", action="store_true", help="compare all ordered pairs of a group's answers")
+    add("--judge-votes", type=count, default=1, help="judgements of each answer or pair, averaged")
+    add("--judge-timeout", type=size, default=60.0, help="seconds of one request; 3 are tried")
+    add("--judge-concurrency", type=count, default=16, help="requests at one time, of each rank")
+    # fmt: on
+
+
 class Scorer:
+    """Gives every completion its reward, by the `reward` of its row.
+
+    kinds: the rewards that will be asked for; args: the values of `add_flags`. Raises ArgumentError for flags
+    that these kinds miss, a reward model that is none, a judge that does not answer.
+    """
+
+    def __init__(self, kinds: set[str], args, device, dtype):
+        if "rm" in kinds and not args.reward_model:
+            raise argparse.ArgumentError(None, "rows with reward rm need --reward-model NAME")
+        if args.reward_model and "rm" not in kinds:
+            raise argparse.ArgumentError(None, f"--reward-model {args.reward_model}: no row has reward rm")
+        if "judge" in kinds and not (args.judge_url and args.judge_model):
+            raise argparse.ArgumentError(None, "rows with reward judge need --judge-url and --judge-model")
+        verifiers = kinds & VERIFIERS.keys()
+        self.judge = Judge(args) if "judge" in kinds else None
+        self.model = None
+        if "rm" in kinds:
+            self.model = RewardModel(args.reward_model, device, dtype, args.reward_offload)
+        self.verifiers = Verifiers(verifiers, args.reward_timeout) if verifiers else None
+
+    def score(self, groups: list):
+        """Fills in `reward` of every completion of (row, completions) groups; None: no verdict."""
+        for scorer, kinds in ((self.verifiers, VERIFIERS), (self.model, ["rm"]), (self.judge, ["judge"])):
+            part = [group for group in groups if group[0].reward in kinds]
+            rewards = scorer.score(part) if part else []
+            for completion, reward in zip((c for _, cs in part for c in cs), rewards, strict=True):
+                completion.reward = reward if reward is not None and math.isfinite(reward) else None
+
+    def close(self):
+        if self.verifiers:
+            self.verifiers.close()
+
+
+def _messages(row) -> list[dict]:
+    return [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+
+
+class Verifiers:
     """Scores answers in `workers` child processes, with a deadline of `timeout` seconds each.
 
     kinds: the names of the rewards that will be asked for, so that a worker imports only what they need.
@@ -127,12 +182,9 @@ class Scorer:
         batches = [jobs[i : i + BATCH] for i in range(0, len(jobs), BATCH)]
         return [reward for batch in self.threads.map(self._score, batches) for reward in batch]
 
-    def score(self, groups: list):
-        """Fills in `reward` of every completion of (row, completions) groups."""
-        todo = [(row, c) for row, completions in groups for c in completions]
-        results = self([(row.reward, row.answer, c.text) for row, c in todo])
-        for (_, completion), reward in zip(todo, results, strict=True):
-            completion.reward = reward
+    def score(self, groups: list) -> list[float | None]:
+        """The reward of every completion of (row, completions) groups."""
+        return self([(row.reward, row.answer, c.text) for row, completions in groups for c in completions])
 
     def _score(self, jobs) -> list[float | None]:
         """Sends the jobs in one line, reads a line a reward; kills a worker that is late and goes on."""
@@ -193,43 +245,52 @@ class Scorer:
 
 
 class RewardModel:
-    """A scalar reward model: any sequence classifier of the hub with one label, e.g. Skywork-Reward-V2.
+    """A scalar reward model with its own tokenizer and chat template.
 
-    Its own tokenizer and chat template write the conversation down; its one logit is the reward. name:
-    directory or hub name; max_tokens: of a conversation, a longer one gets no verdict; batch_tokens: most
-    padded tokens of one forward. Raises ArgumentError for what is not such a model.
+    name: directory or hub name of any sequence classifier with one label (Skywork-Reward-V2 and its like: the
+    head reads the last token), or of a model in Athene-RM-8B's layout (`v_head` reads the CLS token that is
+    put behind the conversation); offload: park it in host memory between uses; max_tokens: of a
+    conversation, a longer one gets no verdict; batch_tokens: most padded tokens of one forward. Raises
+    ArgumentError for what is not such a model.
     """
 
-    def __init__(self, name: str, device, dtype, max_tokens: int = 4096, batch_tokens: int = 2**14):
+    def __init__(self, name: str, device, dtype, offload=False, max_tokens=4096, batch_tokens=2**14):
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+        fail = lambda reason: argparse.ArgumentError(None, f"--reward-model {name}: {reason}")  # noqa: E731
         try:
-            config = AutoConfig.from_pretrained(name)
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            if config.num_labels != 1 or not self.tokenizer.chat_template:
-                fault = (
-                    f"it has {config.num_labels} labels, not one"
-                    if config.num_labels != 1
-                    else "no chat template"
-                )
-                raise argparse.ArgumentError(None, f"--reward-model {name}: {fault}")
-            model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            self.athene = any(a.startswith(("Athene", "CustomAuto")) for a in config.architectures or [])
+            if not self.athene and config.num_labels != 1:
+                raise fail(f"it has {config.num_labels} labels, a reward model has one")
+            kind = _athene_class() if self.athene else AutoModelForSequenceClassification
+            load = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+            model, info = kind.from_pretrained(name, **load)
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0][:200]
-            raise argparse.ArgumentError(
-                None, f"--reward-model {name}: cannot be loaded ({reason})"
-            ) from error
-        self.model = model.to(device).eval().requires_grad_(False)
+            raise fail(f"cannot be loaded ({reason})") from error
+        if info["missing_keys"]:  # transformers would go on with a random head
+            raise fail(f"no reward model, it lacks {sorted(info['missing_keys'])[0]}")
+        if not self.tokenizer.chat_template:
+            raise fail("its tokenizer has no chat template")
+        if self.athene and self.tokenizer.cls_token_id is None:
+            raise fail("its tokenizer has no CLS token, which Athene's value head reads")
+        self.home = "cpu" if offload else device
+        self.model = model.to(self.home).eval().requires_grad_(False)
         self.device, self.max_tokens, self.batch_tokens = device, max_tokens, batch_tokens
 
+    def encode(self, conversation: list[dict]) -> list[int]:
+        """Token ids of messages, the last of which is the answer; the template writes the special tokens."""
+        text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids + [self.tokenizer.cls_token_id] if self.athene else ids
+
     def __call__(self, conversations: list[list[dict]]) -> list[float | None]:
-        """The reward of each list of messages, the last of which is the answer; None over `max_tokens`."""
+        """The reward of each conversation; None over `max_tokens`."""
         import torch
 
-        if not conversations:
-            return []
-        texts = [self.tokenizer.apply_chat_template(c, tokenize=False) for c in conversations]
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them
+        ids = [self.encode(conversation) for conversation in conversations]
         short = [i for i in range(len(ids)) if len(ids[i]) <= self.max_tokens]
         batches: list[list[int]] = []
         for i in sorted(short, key=lambda i: -len(ids[i])):
@@ -237,6 +298,7 @@ class RewardModel:
                 batches.append([])
             batches[-1].append(i)
         rewards: list[float | None] = [None] * len(ids)
+        self.model.to(self.device)
         for batch in batches:
             # the head reads the last token that is not padding: here an id that no text of the batch has
             used = {token for i in batch for token in ids[i]}
@@ -246,20 +308,150 @@ class RewardModel:
             ids_BL = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in batch]).to(self.device)
             logits_B1 = self.model(input_ids=ids_BL, attention_mask=(ids_BL != pad).long()).logits
             for i, reward in zip(batch, logits_B1[:, 0].tolist(), strict=True):
-                rewards[i] = reward if math.isfinite(reward) else None
+                rewards[i] = reward
+        self.model.to(self.home)
         return rewards
 
-    def score(self, groups: list):
-        """Fills in `reward` of every completion of (row, completions) groups."""
-        todo = [(row, c) for row, completions in groups for c in completions]
-        conversations = []
-        for row, c in todo:
-            messages = (
-                [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-            )
-            conversations.append([*messages, {"role": "assistant", "content": c.text}])
-        for (_, c), reward in zip(todo, self(conversations), strict=True):
-            c.reward = reward
+    def score(self, groups: list) -> list[float | None]:
+        """The reward of every completion of (row, completions) groups."""
+        return self(
+            [
+                [*_messages(row), {"role": "assistant", "content": c.text}]
+                for row, completions in groups for c in completions
+            ]
+        )  # fmt: skip
+
+
+def _athene_class():
+    from torch import nn
+    from transformers import LlamaModel, LlamaPreTrainedModel
+    from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+    class Athene(LlamaPreTrainedModel):
+        """Athene-RM-8B's layout: a Llama without output matrix, and a value head on the last token, CLS."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.model, self.v_head = LlamaModel(config), nn.Linear(config.hidden_size, 1, bias=False)
+            self.post_init()
+
+        def forward(self, input_ids, attention_mask):
+            hidden_BLH = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            last_B = attention_mask.sum(-1) - 1
+            hidden_BH = hidden_BLH[range(len(last_B)), last_B]
+            return SequenceClassifierOutputWithPast(logits=self.v_head(hidden_BH))
+
+    return Athene
+
+
+POINTWISE = """You will see an instruction and a response to it. Judge how good the response is: is it \
+correct, does it help, does it do what was asked, no more and no less? Explain briefly. Then end with a line:
+<score>N</score>
+where N is from 0 (worthless) to 10 (could not be better).
+
+[Instruction]
+{prompt}
+
+[Response]
+{a}
+
+[End]"""
+
+PAIRWISE = """You will see an instruction and two responses to it. Judge how good each of them is: is it \
+correct, does it help, does it do what was asked, no more and no less? Neither the order nor the length \
+should matter. Explain briefly. Then end with two lines:
+<score_A>N</score_A>
+<score_B>M</score_B>
+where N and M are from 0 (worthless) to 10 (could not be better).
+
+[Instruction]
+{prompt}
+
+[Response A]
+{a}
+
+[Response B]
+{b}
+
+[End]"""
+
+
+def read_score(reply: str, tag: str) -> float | None:
+    """The last <tag>number</tag> of a judge's reply, or None where there is none from 0 to 10."""
+    found = re.findall(rf"<{tag}>\s*(-?[0-9]+(?:\.[0-9]+)?)\s*</{tag}>", reply)
+    return float(found[-1]) if found and 0 <= float(found[-1]) <= 10 else None
+
+
+class Judge:
+    """A language model behind an OpenAI-compatible address that scores answers from 0 to 10.
+
+    Pointwise: the mean of --judge-votes scores. Pairwise: the mean of an answer's scores over all ordered
+    pairs of its group, as in the original code; an answer that stands alone, as in a validation, is judged
+    pointwise. What cannot be reached after 3 tries, or not be understood, does not count; an answer of which
+    nothing counts has no verdict. Replies are kept by content, so that equal questions are asked once.
+    """
+
+    def __init__(self, args):
+        try:
+            import openai
+        except ImportError as error:
+            raise argparse.ArgumentError(None, "--judge-url: needs `pip install openai`") from error
+        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
+        if not re.match(r"https?://\w", args.judge_url):
+            example = "an address such as http://127.0.0.1:8000/v1"
+            raise argparse.ArgumentError(None, f"--judge-url {args.judge_url}: not {example}")
+        self.client = openai.OpenAI(
+            base_url=args.judge_url, api_key=key, timeout=args.judge_timeout, max_retries=2
+        )
+        self.name, self.pairwise, self.votes = args.judge_model, args.judge_pairwise, args.judge_votes
+        self.threads = ThreadPoolExecutor(args.judge_concurrency)
+        self.replies: dict[tuple[bytes, int], str] = {}
+        self.fault = None  # the kind of the last failure, without its text: that may quote the key
+        if self.ask((POINTWISE.format(prompt="1+1=", a="2"), 0)) is None:
+            reason = f"{args.judge_model} does not answer ({self.fault})"
+            raise argparse.ArgumentError(None, f"--judge-url {args.judge_url}: {reason}")
+
+    def ask(self, question: tuple[str, int]) -> str | None:
+        """The reply to (text, number of the vote), or None."""
+        text, vote = question
+        key = (hashlib.sha256(text.encode()).digest(), vote)
+        if key not in self.replies:
+            try:
+                reply = self.client.chat.completions.create(
+                    model=self.name, messages=[{"role": "user", "content": text}], seed=vote,
+                    temperature=0.0 if self.votes == 1 else 1.0, max_tokens=2048,
+                )  # fmt: skip
+                self.replies[key] = reply.choices[0].message.content or ""
+            except Exception as error:  # the network's, the server's, a reply in no known form
+                self.fault = f"{type(error).__name__} {getattr(error, 'status_code', '')}".strip()
+                return None
+        return self.replies[key]
+
+    def score(self, groups: list) -> list[float | None]:
+        """The reward of every completion of (row, completions) groups."""
+        questions = []  # (text, [(which completion, tag of its score)])
+        start = 0
+        for row, completions in groups:
+            prompt = "\n\n".join(m["content"] for m in _messages(row))
+            texts = [c.text for c in completions]
+            if self.pairwise and len(texts) > 1:
+                for i, j in itertools.permutations(range(len(texts)), 2):
+                    question = PAIRWISE.format(prompt=prompt, a=texts[i], b=texts[j])
+                    questions.append((question, [(start + i, "score_A"), (start + j, "score_B")]))
+            else:
+                for i, text in enumerate(texts):
+                    questions.append((POINTWISE.format(prompt=prompt, a=text), [(start + i, "score")]))
+            start += len(texts)
+        wanted = dict.fromkeys((text, vote) for text, _ in questions for vote in range(self.votes))
+        replies = dict(zip(wanted, self.threads.map(self.ask, wanted), strict=True))
+        scores: list[list[float]] = [[] for _ in range(start)]
+        for text, tags in questions:
+            for vote in range(self.votes):
+                found = [(i, read_score(replies[text, vote] or "", tag)) for i, tag in tags]
+                if all(score is not None for _, score in found):  # half a comparison says nothing
+                    for i, score in found:
+                        scores[i].append(score)
+        return [statistics.fmean(s) if s else None for s in scores]
 
 
 def work():
@@ -285,7 +477,7 @@ def work():
         for name, answer, text in json.loads(line):
             signal.alarm(int(patience))
             try:
-                reward = REWARDS[name](answer, text)
+                reward = VERIFIERS[name](answer, text)
             except (
                 Exception
             ):  # MemoryError, RecursionError, ValueError, ...: no verdict, which is not a wrong answer

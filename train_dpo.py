@@ -25,8 +25,9 @@ import argparse
 import math
 import os
 import random
+import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 
 import torch
@@ -78,7 +79,9 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--sampler", choices=["vllm", "hf"], default="vllm", help="hf: transformers, slower, no vLLM")
     add("--gpu-memory", type=size, default=0.3, help="vLLM's share of a GPU (weights and KV cache)")
     add("--sleep", action=switch, default=True, help="vLLM frees the GPU while the policy trains")
-    add("--reward-timeout", type=size, default=5.0, help="seconds until an answer goes unscored")
+    # rewards
+    rewards.add_flags(add, count, size)
+    add("--max-failed", type=size0, default=0.5, help="stop where more of a step's answers have no reward")
     # update
     add("--micro-batch-tokens", type=count, default=4096,
         help="padded tokens of one forward, changes memory only; 8B runs: 16384")
@@ -89,6 +92,12 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--grad-clip", type=size, default=1.0, help="largest gradient norm; paper (T4): 0.1")
     add("--warmup-steps", type=count0, default=0, help="steps of linear warm-up; paper: not stated")
     add("--beta", type=size, default=3.0, help="DPO's beta; paper (T4): 0.1 maths, 0.01 chat")
+    # ablations of the paper, all off by default
+    add("--all-pairs", action="store_true", help="GroupDPO (eq. 4): the mean over all pairs of a prompt")
+    add("--nll-weight", type=size0, default=0.0, help="of chosen answers' NLL, a mean over tokens; paper: 1")
+    add("--length-normalize", action="store_true", help="log-probs are means over tokens, not sums")
+    add("--entropy-weight", type=size0, default=0.0, help="of chosen answers' entropy; paper: up to 5e-4")
+    add("--grpo-weight", type=size0, default=0.0, help="of a GRPO loss beside GroupDPO; paper: 0.01, 0.001")
     add("--seed", type=int, default=0, help="of the order of prompts, of sampling and of pairs")
     # log
     add("--eval-every", type=count0, default=50, help="steps between validations, 0: none")
@@ -99,9 +108,12 @@ def get_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     longest = args.max_prompt_tokens + args.max_new_tokens
-    if args.micro_batch_tokens < 2 * longest:
-        parser.error(f"--micro-batch-tokens {args.micro_batch_tokens}: a pair can have {2 * longest}, twice "
-                     "--max-prompt-tokens + --max-new-tokens; raise it to that or more")  # fmt: skip
+    unit, rows = ("group", args.samples_per_prompt) if args.all_pairs else ("pair", 2)
+    if args.micro_batch_tokens < rows * longest:
+        parser.error(f"--micro-batch-tokens {args.micro_batch_tokens}: a {unit} can have {rows * longest}, "
+                     f"{rows} x (--max-prompt-tokens + --max-new-tokens); raise it to that")  # fmt: skip
+    if args.grpo_weight and not args.all_pairs:
+        parser.error(f"--grpo-weight {args.grpo_weight:g}: goes with --all-pairs (paper, B.2)")
     if args.samples_per_prompt < 2:
         parser.error(f"--samples-per-prompt {args.samples_per_prompt}: a pair needs 2")
     if args.data_weights and len(args.data_weights) != len(args.data):
@@ -116,11 +128,34 @@ def get_args(argv=None) -> argparse.Namespace:
 # ---- maths
 
 
-def pick_pair(completions: list, rng: random.Random):
-    """(chosen, rejected): a right and a wrong answer at random, None without both (paper, section 3.2)."""
-    right = [c for c in completions if c.reward == 1]
-    wrong = [c for c in completions if c.reward == 0]
-    return (rng.choice(right), rng.choice(wrong)) if right and wrong else None
+def pick_pairs(rewards: list, rng: random.Random, every: bool) -> list[tuple[int, int]]:
+    """Which answers are (chosen, rejected): one of the best and one of the worst at random, which for a
+    verifier means a right and a wrong one; none where all are equal (paper, section 3.2). None: no verdict.
+
+    every: all pairs of a better and a worse answer (GroupDPO, eq. 4).
+    """
+    scored = [i for i, reward in enumerate(rewards) if reward is not None]
+    if every:
+        return [(i, j) for i in scored for j in scored if rewards[i] > rewards[j]]
+    if len({rewards[i] for i in scored}) < 2:
+        return []
+    ends = (pick(rewards[i] for i in scored) for pick in (max, min))
+    return [tuple(rng.choice([i for i in scored if rewards[i] == end]) for end in ends)]
+
+
+def lay_out(units: list, device) -> tuple:
+    """The rows of a forward: the first answer of each unit, then the second, ...; so plain pairs are all
+    chosen, then all rejected. Returns (prompt ids, completion) of each row, the rows of each pair's chosen
+    and rejected answer, each pair's weight (1 / the pairs of its prompt) and each row's advantage.
+    """
+    order = sorted((k, u) for u, (_, answers, _) in enumerate(units) for k in range(len(answers)))
+    row = {answer: i for i, answer in enumerate(order)}
+    pairs = [(row[c, u], row[r, u], len(pairs)) for u, (_, _, pairs) in enumerate(units) for c, r in pairs]
+    chosen_P, rejected_P, size_P = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 3).T
+    rewards = [[c.reward for c in answers] for _, answers, _ in units]
+    scale = [(statistics.fmean(r), statistics.stdev(r) + 1e-6) for r in rewards]
+    adv_B = torch.tensor([(rewards[u][k] - scale[u][0]) / scale[u][1] for k, u in order], device=device)
+    return [(units[u][0], units[u][1][k]) for k, u in order], chosen_P, rejected_P, 1 / size_P, adv_B
 
 
 def dpo_loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, beta: float):
@@ -128,6 +163,30 @@ def dpo_loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, beta: float):
     log_ratio_chosen_P = chosen_P - ref_chosen_P
     log_ratio_rejected_P = rejected_P - ref_rejected_P
     return -F.logsigmoid(beta * (log_ratio_chosen_P - log_ratio_rejected_P))
+
+
+def pair_losses(logps_BT, ref_BT, entropy_BT, mask_BT, chosen_P, rejected_P, chosen_tokens: float, args):
+    """The loss of each pair with the terms of the ablations that are on, and each answer's implicit reward.
+
+    chosen_tokens: the mean length of the step's chosen answers, which makes the NLL a mean over tokens.
+    """
+    length_B = mask_BT.sum(-1).clamp(min=1)
+    logps_B, ref_B = logps_BT.sum(-1), ref_BT.sum(-1)
+    if args.length_normalize:
+        logps_B, ref_B = logps_B / length_B, ref_B / length_B
+    loss_P = dpo_loss(logps_B[chosen_P], logps_B[rejected_P], ref_B[chosen_P], ref_B[rejected_P], args.beta)
+    if args.nll_weight:
+        loss_P = loss_P - args.nll_weight * logps_BT.sum(-1)[chosen_P] / chosen_tokens
+    if args.entropy_weight:
+        loss_P = loss_P - args.entropy_weight * (entropy_BT.sum(-1) / length_B)[chosen_P]
+    return loss_P, args.beta * (logps_B - ref_B).detach()
+
+
+def grpo_loss(logps_BT, ref_BT, mask_BT, adv_B, beta=0.001):
+    """For --grpo-weight: the on-policy GRPO loss of each answer, summed over tokens, with its KL (k3)."""
+    gain_BT = (logps_BT - logps_BT.detach()).exp() * adv_B[:, None]
+    log_ratio_BT = (ref_BT - logps_BT).clamp(max=20)
+    return ((beta * (log_ratio_BT.exp() - log_ratio_BT - 1) - gain_BT) * mask_BT).sum(-1)
 
 
 # ---- main
@@ -155,6 +214,7 @@ def main(argv=None):
         prompts = data.Prompts(sources, args.data_weights, args.seed)
     valid = sum(data.load_prompts(args.eval_data, *checks)[0], [])
     kinds = {row.reward for row in (valid if args.rollouts else sum(sources, valid))}
+    scorer = rewards.Scorer(kinds, args, device, dtype)
 
     # 3 policy and reference
     where = (args.model, device, len(tokenizer), args.temperature)
@@ -162,10 +222,9 @@ def main(argv=None):
     online = s == 1 and args.sync_ref  # then the reference is the policy of the step itself, and never runs
     reference = None if online else policies.load_policy(*where, trainable=False)
 
-    # 4 sampler and scorer
+    # 4 sampler
     engine = (tokenizer, device, dtype, length, args.gpu_memory, args.sleep)
     sampler = samplers.load_sampler(args.sampler, args.model, *engine)
-    scorer = rewards.Scorer(kinds, args.reward_timeout)
 
     def sample(rows, n, *key):
         """(row, n completions) for each row; key, rank and --seed make the seed: no two calls draw alike."""
@@ -174,19 +233,21 @@ def main(argv=None):
         return list(zip(rows, groups, strict=True))
 
     def validate(step):
-        """Accuracy of one sampled answer per held-out prompt, with the policy's weights of now."""
+        """Scores an answer to each held-out prompt, with the policy's weights of now. Returns the name of the
+        score (accuracy, or reward where nothing is verifiable) and its mean.
+        """
         if sampler.version != step:
             sampler.reload(policy.full_weights(dtype), step)
             samplers.self_test(sampler, policy.logps, *test)
         groups = sample(valid[rank::world], 1, "valid", step)
         scorer.score(groups)
-        sums = policies.sum_over_ranks(runs.group_sums(step, groups))
-        accuracy = sums["reward"] / max(1, sums["scored"])
-        run.record({"step": step, "eval/accuracy": accuracy, "eval/prompts": sums["scored"]})
-        run.say(f"step {step}: validation accuracy {accuracy:.3f} on {sums['scored']} prompts, for example")
+        metrics = runs.validation_metrics(policies.sum_over_ranks(runs.group_sums(step, groups)))
+        run.record({"step": step, **metrics})
+        name, score = runs.headline(metrics)
+        run.say(f"step {step}: validation {name} {score:.3f} on {metrics['eval/prompts']} prompts")
         for row, [c] in groups[:3]:
             run.say(f"    reward {c.reward}   {row.prompt!r} -> {c.text!r}"[:160])
-        return accuracy
+        return name, score
 
     # 5 optimizer
     adam = {"betas": (0.9, 0.95), "eps": args.adam_eps, "weight_decay": args.weight_decay, "fused": True}
@@ -203,7 +264,7 @@ def main(argv=None):
     tested = []  # what the sampler answered with them to the self-test
     reference_step = 0  # the step that the reference is from
     queue = deque()  # generated ahead: for each step this rank's groups, a group being (row, completions)
-    first = accuracy = validate(0) if args.eval_every else math.nan
+    first = last = validate(0) if args.eval_every else ("accuracy", math.nan)
     if args.rollouts:
         sampler.sleep(2)
     bar = tqdm(range(args.steps), desc="DPO", disable=rank > 0)
@@ -247,34 +308,45 @@ def main(argv=None):
         # ---- score
         if not args.rollouts:
             scorer.score(groups)
-        pairs = []  # (prompt ids, chosen ids, rejected ids)
+        units = []  # for each prompt with a pair: its ids, the answers in pairs, the pairs as places in those
         for i, (row, completions) in enumerate(groups):
-            pair = pick_pair(completions, random.Random(f"{args.seed} pair {step} {rank + i * world}"))
-            pairs += [(row.ids, pair[0].ids, pair[1].ids)] if pair else []
+            rng = random.Random(f"{args.seed} pair {step} {rank + i * world}")
+            pairs = pick_pairs([c.reward for c in completions], rng, args.all_pairs)
+            used = list(dict.fromkeys(sum(pairs, ())))  # each answer once, however many pairs it is in
+            places = [(used.index(chosen), used.index(rejected)) for chosen, rejected in pairs]
+            units += [(row.ids, [completions[i] for i in used], places)] if pairs else []
         clock.append(time.perf_counter())
 
         # ---- update
         sums = runs.group_sums(step, groups)
         sums["sampled"] = sum(len(c.ids) for _, completions in fresh for c in completions)
-        widths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
-        for micro_batch in policies.micro_batches(widths, 2, args.micro_batch_tokens):
-            n, part = len(micro_batch), [pairs[i] for i in micro_batch]
-            inputs = policies.collate([(p, c) for p, c, _ in part] + [(p, r) for p, _, r in part], device)
+        tokens = sum(len(answers[c].ids) / len(pairs) for _, answers, pairs in units for c, _ in pairs)
+        total = policies.sum_over_ranks(Counter(pairs=len(units), tokens=tokens))
+        chosen_tokens = total["tokens"] / max(1, total["pairs"])  # of an average pair, over all ranks
+        widths = [len(prompt) + max(len(c.ids) for c in answers) for prompt, answers, _ in units]
+        rows = [len(answers) for _, answers, _ in units]
+        for micro_batch in policies.micro_batches(widths, rows, args.micro_batch_tokens):
+            answers, chosen_P, rejected_P, weight_P, adv_B = lay_out([units[i] for i in micro_batch], device)
+            n, inputs = len(answers), policies.collate([(prompt, c.ids) for prompt, c in answers], device)
             logps_BT, entropy_BT, mask_BT = policy(*inputs)
             with torch.no_grad():  # the reference is the policy itself until the first update after it moved
                 ref_BT = logps_BT if step == reference_step else reference(*inputs)[0]
-            logps_B, ref_B = logps_BT.sum(-1), ref_BT.detach().sum(-1)
-            loss_P = dpo_loss(logps_B[:n], logps_B[n : 2 * n], ref_B[:n], ref_B[n : 2 * n], args.beta)
+            part = (logps_BT, ref_BT.detach(), entropy_BT, mask_BT)
+            loss_P, implicit_B = pair_losses(*part, chosen_P, rejected_P, chosen_tokens, args)
+            loss = (loss_P * weight_P).sum()
+            if args.grpo_weight:
+                grpo_B = grpo_loss(logps_BT, ref_BT.detach(), mask_BT, adv_B)
+                loss = loss + args.grpo_weight * grpo_B.sum() / args.samples_per_prompt
             # a mean over all prompts of the step, pairless ones too (the original code's); x world, because
             # FSDP averages gradients over ranks
-            (loss_P.sum() / batch_size * world).backward()
-            implicit_B = args.beta * (logps_B - ref_B).detach()
-            chosen_P, rejected_P = implicit_B[:n], implicit_B[n : 2 * n]
+            (loss / batch_size * world).backward()
+            margin_P = implicit_B[chosen_P] - implicit_B[rejected_P]
             sums.update(
-                loss=loss_P.sum().item(), pairs=n, ordered=(chosen_P > rejected_P).sum().item(),
-                chosen=chosen_P.sum().item(), rejected=rejected_P.sum().item(),
-                entropy=entropy_BT[: 2 * n].sum().item(), tokens=mask_BT[: 2 * n].sum().item(),
-                trained=inputs[2][: 2 * n].sum().item(),
+                loss=loss.item(), ordered=((margin_P > 0) * weight_P).sum().item(),
+                chosen=(implicit_B[chosen_P] * weight_P).sum().item(),
+                rejected=(implicit_B[rejected_P] * weight_P).sum().item(),
+                entropy=entropy_BT[:n].sum().item(), tokens=mask_BT[:n].sum().item(),
+                trained=inputs[2][:n].sum().item(),
             )  # fmt: skip
         grad_norm = policies.clip_gradients(policy, args.grad_clip)
         optimizer.step()
@@ -284,10 +356,10 @@ def main(argv=None):
 
         # ---- log, evaluate
         sums = policies.sum_over_ranks(sums)
-        n, tokens = max(1, sums["pairs"]), max(1, sums["tokens"])
+        n, tokens = max(1, total["pairs"]), max(1, sums["tokens"])
         metrics |= runs.group_metrics(sums) | runs.timings(clock, sums) | {
             "loss": sums["loss"] / batch_size,
-            "pairs": sums["pairs"],
+            "pairs": total["pairs"],
             "rewards/chosen": sums["chosen"] / n,
             "rewards/rejected": sums["rejected"] / n,
             "rewards/margins": (sums["chosen"] - sums["rejected"]) / n,
@@ -298,18 +370,18 @@ def main(argv=None):
         run.record(metrics)
         run.record_rollouts(step, policies.gather(groups))
         if args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
-            accuracy = validate(step + 1)
+            last = validate(step + 1)
             if (step + 1) % s:  # the next step does not sample with these weights
                 sampler.sleep(2)
-        shown = {"reward": metrics["reward"], "accuracy": accuracy, "age": metrics["sync/age"]}
+        runs.check_failed(args.max_failed, sums)
+        shown = {"reward": metrics["reward"], last[0]: last[1], "age": metrics["sync/age"]}
         bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
 
     # 7 export and close
     policy.export(run.directory / "model", tokenizer)
-    run.end({"accuracy before": first, "accuracy after": accuracy})
-    run.say(
-        f"validation accuracy {first:.3f} before, {accuracy:.3f} after {args.steps} steps: {run.directory}"
-    )
+    run.end({f"{first[0]} before": first[1], f"{last[0]} after": last[1]})
+    name, change = first[0], f"{first[1]:.3f} before, {last[1]:.3f} after {args.steps} steps"
+    run.say(f"validation {name} {change}: {run.directory}")
     scorer.close()
     sampler.close()
     policies.stop()

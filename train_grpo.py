@@ -83,7 +83,9 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--sampler", choices=["vllm", "hf"], default="vllm", help="hf: transformers, slower, no vLLM")
     add("--gpu-memory", type=size, default=0.3, help="vLLM's share of a GPU (weights and KV cache)")
     add("--sleep", action=switch, default=True, help="vLLM frees the GPU while the policy trains")
-    add("--reward-timeout", type=size, default=5.0, help="seconds until an answer goes unscored")
+    # rewards
+    rewards.add_flags(add, count, size)
+    add("--max-failed", type=size0, default=0.5, help="stop where more of a step's answers have no reward")
     # update
     add("--micro-batch-tokens", type=count, default=4096,
         help="padded tokens of one forward, changes memory only; 8B runs: 16384")
@@ -198,6 +200,7 @@ def main(argv=None):
         prompts = data.Prompts(sources, args.data_weights, args.seed)
     valid = sum(data.load_prompts(args.eval_data, *checks)[0], [])
     kinds = {row.reward for row in (valid if args.rollouts else sum(sources, valid))}
+    scorer = rewards.Scorer(kinds, args, device, dtype)
 
     # 3 policy and reference
     where = (args.model, device, len(tokenizer), args.temperature)
@@ -205,10 +208,9 @@ def main(argv=None):
     online = s == 1 and args.sync_ref  # then the reference is the policy of the step itself, and never runs
     reference = None if online or not args.beta else policies.load_policy(*where, trainable=False)
 
-    # 4 sampler and scorer
+    # 4 sampler
     engine = (tokenizer, device, dtype, length, args.gpu_memory, args.sleep)
     sampler = samplers.load_sampler(args.sampler, args.model, *engine)
-    scorer = rewards.Scorer(kinds, args.reward_timeout)
 
     def sample(rows, n, *key):
         """(row, n completions) for each row; key, rank and --seed make the seed: no two calls draw alike."""
@@ -217,19 +219,21 @@ def main(argv=None):
         return list(zip(rows, groups, strict=True))
 
     def validate(step):
-        """Accuracy of one sampled answer per held-out prompt, with the policy's weights of now."""
+        """Scores an answer to each held-out prompt, with the policy's weights of now. Returns the name of the
+        score (accuracy, or reward where nothing is verifiable) and its mean.
+        """
         if sampler.version != step:
             sampler.reload(policy.full_weights(dtype), step)
             samplers.self_test(sampler, policy.logps, *test)
         groups = sample(valid[rank::world], 1, "valid", step)
         scorer.score(groups)
-        sums = policies.sum_over_ranks(runs.group_sums(step, groups))
-        accuracy = sums["reward"] / max(1, sums["scored"])
-        run.record({"step": step, "eval/accuracy": accuracy, "eval/prompts": sums["scored"]})
-        run.say(f"step {step}: validation accuracy {accuracy:.3f} on {sums['scored']} prompts, for example")
+        metrics = runs.validation_metrics(policies.sum_over_ranks(runs.group_sums(step, groups)))
+        run.record({"step": step, **metrics})
+        name, score = runs.headline(metrics)
+        run.say(f"step {step}: validation {name} {score:.3f} on {metrics['eval/prompts']} prompts")
         for row, [c] in groups[:3]:
             run.say(f"    reward {c.reward}   {row.prompt!r} -> {c.text!r}"[:160])
-        return accuracy
+        return name, score
 
     # 5 optimizer
     adam = {"betas": (0.9, 0.95), "eps": args.adam_eps, "weight_decay": args.weight_decay, "fused": True}
@@ -249,7 +253,7 @@ def main(argv=None):
     tested = []  # what the sampler answered with them to the self-test
     reference_step = 0  # the step that the reference is from
     queue = deque()  # generated ahead: for each step this rank's groups, a group being (row, completions)
-    first = accuracy = validate(0) if args.eval_every else math.nan
+    first = last = validate(0) if args.eval_every else ("accuracy", math.nan)
     if args.rollouts:
         sampler.sleep(2)
     bar = tqdm(range(args.steps), desc="GRPO", disable=rank > 0)
@@ -307,7 +311,7 @@ def main(argv=None):
         count = (total["completions"], max(1, total["length"]))
         stale = step > window_step or bool(args.rollouts)
         widths = [len(prompt) + len(c.ids) for prompt, c, _ in answers]
-        for micro_batch in policies.micro_batches(widths, 1, args.micro_batch_tokens):
+        for micro_batch in policies.micro_batches(widths, [1] * len(widths), args.micro_batch_tokens):
             n, part = len(micro_batch), [answers[i] for i in micro_batch]
             inputs = policies.collate([(p, c.ids) for p, c, _ in part], device)
             logps_BT, entropy_BT, mask_BT = policy(*inputs)
@@ -348,18 +352,18 @@ def main(argv=None):
         run.record(metrics)
         run.record_rollouts(step, policies.gather(groups))
         if args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
-            accuracy = validate(step + 1)
+            last = validate(step + 1)
             if (step + 1) % s:  # the next step does not sample with these weights
                 sampler.sleep(2)
-        shown = {"reward": metrics["reward"], "accuracy": accuracy, "age": metrics["sync/age"]}
+        runs.check_failed(args.max_failed, sums)
+        shown = {"reward": metrics["reward"], last[0]: last[1], "age": metrics["sync/age"]}
         bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
 
     # 7 export and close
     policy.export(run.directory / "model", tokenizer)
-    run.end({"accuracy before": first, "accuracy after": accuracy})
-    run.say(
-        f"validation accuracy {first:.3f} before, {accuracy:.3f} after {args.steps} steps: {run.directory}"
-    )
+    run.end({f"{first[0]} before": first[1], f"{last[0]} after": last[1]})
+    name, change = first[0], f"{first[1]:.3f} before, {last[1]:.3f} after {args.steps} steps"
+    run.say(f"validation {name} {change}: {run.directory}")
     scorer.close()
     sampler.close()
     policies.stop()

@@ -7,11 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train_dpo import dpo_loss, pick_pair
-
-
-def answers(*rewards):
-    return [SimpleNamespace(reward=reward, ids=[i]) for i, reward in enumerate(rewards)]
+from train_dpo import dpo_loss, grpo_loss, lay_out, pair_losses, pick_pairs
 
 
 def test_loss_is_log_2_where_the_policy_is_the_reference():
@@ -35,14 +31,127 @@ def test_gradient_raises_the_chosen_and_lowers_the_rejected_by_the_same():
     assert rejected.grad.item() == pytest.approx(0.15)
 
 
+def pair(rewards, seed=0, every=False):
+    return pick_pairs(rewards, random.Random(seed), every)
+
+
 def test_a_pair_is_a_right_and_a_wrong_answer_and_depends_on_the_seed_alone():
-    group = answers(0, 1, None, 1, 0, 0)
-    drawn = [pick_pair(group, random.Random(seed)) for seed in range(200)]
-    assert {chosen.ids[0] for chosen, _ in drawn} == {1, 3}
-    assert {rejected.ids[0] for _, rejected in drawn} == {0, 4, 5}
-    assert pick_pair(group, random.Random(7)) == pick_pair(group, random.Random(7))
+    group = [0, 1, None, 1, 0, 0]
+    drawn = [pair(group, seed) for seed in range(200)]
+    assert {chosen for [(chosen, _)] in drawn} == {1, 3} and {rejected for [(_, rejected)] in drawn} == {
+        0,
+        4,
+        5,
+    }
+    assert pair(group, 7) == pair(group, 7)
 
 
-@pytest.mark.parametrize("rewards", [(1, 1), (0, 0), (None, 1), (None, None), ()])
-def test_no_pair_without_both(rewards):
-    assert pick_pair(answers(*rewards), random.Random(0)) is None
+def test_with_scalar_rewards_a_pair_is_the_best_and_the_worst():
+    assert pair([0.5, -1.25, None, 3.5, 2.0]) == [(3, 1)]
+    assert {pair([2.0, 7.0, 7.0], seed)[0] for seed in range(50)} == {(1, 0), (2, 0)}
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("rewards", [(1, 1), (0, 0), (None, 1), (None, None), (), (0.7, None, 0.7)])
+def test_no_pair_without_a_difference(rewards, every):
+    assert pair(rewards, every=every) == []
+
+
+def test_all_pairs_are_all_of_a_better_and_a_worse_answer():
+    assert pair([1, 0, None, 1, 0], every=True) == [(0, 1), (0, 4), (3, 1), (3, 4)]
+    assert pair([0.1, 0.3, 0.2], every=True) == [(1, 0), (1, 2), (2, 0)]
+
+
+def unit(prompt, rewards, pairs):
+    return prompt, [SimpleNamespace(reward=reward, ids=[i]) for i, reward in enumerate(rewards)], pairs
+
+
+def test_rows_of_plain_pairs_are_all_chosen_then_all_rejected():
+    units = [unit([7], [1, 0], [(0, 1)]), unit([8], [1, 0], [(0, 1)]), unit([9], [1, 0], [(0, 1)])]
+    rows, chosen_P, rejected_P, weight_P, _ = lay_out(units, "cpu")
+    assert [(prompt[0], c.reward) for prompt, c in rows] == [(7, 1), (8, 1), (9, 1), (7, 0), (8, 0), (9, 0)]
+    assert (chosen_P.tolist(), rejected_P.tolist()) == ([0, 1, 2], [3, 4, 5]) and weight_P.tolist() == [
+        1,
+        1,
+        1,
+    ]
+
+
+def test_every_prompt_weighs_the_same_however_many_pairs_it_has():
+    units = [unit([7], [1, 0, 0], [(0, 1), (0, 2)]), unit([8], [0, 1], [(1, 0)])]
+    rows, chosen_P, rejected_P, weight_P, adv_B = lay_out(units, "cpu")
+    found = [(rows[c], rows[r]) for c, r in zip(chosen_P.tolist(), rejected_P.tolist(), strict=True)]
+    assert [(c[0], c[1].ids, r[0], r[1].ids) for c, r in found] == [
+        ([7], [0], [7], [1]), ([7], [0], [7], [2]), ([8], [1], [8], [0])
+    ]  # fmt: skip
+    assert weight_P.tolist() == [0.5, 0.5, 1]
+    # rewards 1, 0, 0: mean 1/3, standard deviation sqrt(1/3); rewards 0, 1: mean 1/2, sqrt(1/2)
+    wanted = {(7, 0): 2 / 3 / 3**-0.5, (7, 1): -1 / 3 / 3**-0.5, (7, 2): -1 / 3 / 3**-0.5}
+    wanted |= {(8, 0): -0.5 / 0.5**0.5, (8, 1): 0.5 / 0.5**0.5}
+    for (prompt, answer), adv in zip(rows, adv_B.tolist(), strict=True):
+        assert adv == pytest.approx(wanted[prompt[0], answer.ids[0]], abs=1e-5)
+
+
+def test_nothing_to_lay_out():
+    rows, chosen_P, rejected_P, weight_P, adv_B = lay_out([], "cpu")
+    assert rows == [] and len(chosen_P) == len(rejected_P) == len(weight_P) == len(adv_B) == 0
+
+
+def test_grpo_term_by_hand():
+    logps_BT = torch.tensor([[-1.0, -2.0, 0.0], [-0.5, 0.0, 0.0]], requires_grad=True)
+    ref_BT = torch.tensor([[-1.0, -2.0 + math.log(2), 0.0], [-0.5, 0.0, 0.0]])
+    mask_BT = torch.tensor([[True, True, False], [True, False, False]])
+    loss_B = grpo_loss(logps_BT, ref_BT, mask_BT, torch.tensor([2.0, -1.0]), beta=0.1)
+    assert loss_B.tolist() == pytest.approx([-4 + 0.1 * (1 - math.log(2)), 1.0])
+    loss_B.sum().backward()
+    assert logps_BT.grad.tolist()[0] == pytest.approx([-2, -2 + 0.1 * (1 - 2), 0])
+    assert logps_BT.grad.tolist()[1] == pytest.approx([1, 0, 0])
+
+
+CHOSEN, REJECTED = torch.tensor([0]), torch.tensor([1])
+MASK = torch.tensor([[True, True, False, False], [True, True, True, True]])
+
+
+def losses(beta=0.5, nll_weight=0.0, entropy_weight=0.0, length_normalize=False):
+    """Log-ratios: chosen 1 + 1 over 2 tokens, rejected -1 over 4."""
+    args = SimpleNamespace(
+        beta=beta, nll_weight=nll_weight, entropy_weight=entropy_weight, length_normalize=length_normalize
+    )
+    logps_BT = torch.tensor([[-1.0, -2.0, 0, 0], [-2.0, -1.0, -1.0, -1.0]], requires_grad=True)
+    ref_BT = torch.tensor([[-2.0, -3.0, 0, 0], [-1.0, -1.0, -1.0, -1.0]])
+    entropy_BT = torch.tensor([[0.5, 1.5, 0, 0], [3.0, 3.0, 3.0, 3.0]], requires_grad=True)
+    loss_P, implicit_B = pair_losses(logps_BT, ref_BT, entropy_BT, MASK, CHOSEN, REJECTED, 3.0, args)
+    loss_P.sum().backward()
+    return loss_P.item(), implicit_B.tolist(), logps_BT.grad, entropy_BT.grad
+
+
+def test_without_ablations_it_is_the_dpo_loss():
+    loss, implicit, _, entropy_grad = losses()
+    assert loss == pytest.approx(math.log(1 + math.exp(-1.5))) and implicit == [1.0, -0.5]  # 0.5 x (2 + 1)
+    assert entropy_grad is None or not entropy_grad.any()
+
+
+def test_length_normalization_takes_means_of_policy_and_reference():
+    loss, implicit, grad, _ = losses(length_normalize=True)
+    assert loss == pytest.approx(math.log(1 + math.exp(-0.5 * (1 + 0.25)))) and implicit == [0.5, -0.125]
+    assert (grad[0, 0] / grad[1, 0]).item() == pytest.approx(-2)  # 1/2 against 1/4 of a token's weight
+
+
+def test_nll_is_a_mean_over_the_steps_chosen_tokens():
+    loss, _, grad, _ = losses(nll_weight=0.6)
+    plain, _, plain_grad, _ = losses()
+    assert loss - plain == pytest.approx(
+        0.6 * 3.0 / 3.0
+    )  # -log p of the chosen answer is 3, 3 tokens on average
+    wanted = [
+        [-0.2, -0.2, -0.2, -0.2],
+        [0.0, 0.0, 0.0, 0.0],
+    ]  # positions outside the mask have no parameters behind
+    assert (grad - plain_grad).flatten().tolist() == pytest.approx(sum(wanted, []), abs=1e-6)
+
+
+def test_entropy_of_the_chosen_answer_is_rewarded():
+    loss, _, _, grad = losses(entropy_weight=0.1)
+    plain, *_ = losses()
+    assert loss - plain == pytest.approx(-0.1 * (0.5 + 1.5) / 2)
+    assert grad[0, :2].tolist() == pytest.approx([-0.05, -0.05]) and not grad[1].any()

@@ -129,12 +129,12 @@ def test_an_empty_batch_takes_part_and_changes_nothing(policy):
 
 def test_micro_batches_hold_every_unit_once_within_the_limit(device):
     widths = [3, 60, 7, 7, 30, 1, 59, 2]
-    batches = policies.micro_batches(widths, 2, 120)
+    batches = policies.micro_batches(widths, [2] * len(widths), 120)
     assert sorted(i for batch in batches for i in batch) == list(range(len(widths)))
     for batch in batches:
         assert 2 * len(batch) * max(widths[i] for i in batch) <= 120
     assert batches[0] == [1]  # the longest comes first
-    assert policies.micro_batches([], 2, 120) == []
+    assert policies.micro_batches([], [], 120) == []
 
 
 def test_snapshot_brings_the_very_weights_back(policy):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -9,13 +10,29 @@ import sys
 
 from conftest import ROOT
 
+import data
 import evaluate
 import train_dpo
 import train_grpo
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = [block.removeprefix("\n") for block in README.split("```")[1::2]]  # every second piece is code
-COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+
+
+def expanded(block):
+    """The block's commands with its shell variables in place."""
+    values, commands = {}, []
+    for line in block.replace("\\\n", " ").splitlines():
+        line = re.sub(r"\$(\w+)", lambda match: values[match[1]], line)
+        assignment = re.fullmatch(r'(\w+)="(.*)"', line)
+        if assignment:
+            values[assignment[1]] = assignment[2]
+        else:
+            commands.append(line.split("  # ")[0])
+    return commands
+
+
+COMMANDS = [command for block in BLOCKS for command in expanded(block)]
 
 
 SCRIPTS = {"train_dpo.py": train_dpo, "train_grpo.py": train_grpo, "evaluate.py": evaluate}
@@ -23,9 +40,39 @@ SCRIPTS = {"train_dpo.py": train_dpo, "train_grpo.py": train_grpo, "evaluate.py"
 
 def test_every_command_parses():
     found = [(s, shlex.split(c.split(s)[1])) for c in COMMANDS for s in SCRIPTS if s in c]
-    assert len(found) >= 7 and {script for script, _ in found} == set(SCRIPTS)
+    assert len(found) >= 24 and {script for script, _ in found} == set(SCRIPTS)
     for script, flags in found:
         SCRIPTS[script].get_args(flags)
+    prepared = [shlex.split(c.split("data.py")[1]) for c in COMMANDS if c.startswith("python data.py")]
+    assert {flags[0] for flags in prepared} == {"numinamath", "wildchat", "math500", "amc23"}
+    for flags in prepared:
+        data.get_args(flags)
+
+
+def test_the_recipes_have_the_papers_settings():
+    """Table 4, by run directory; what a recipe reads, another command writes."""
+    found = {}
+    for command in COMMANDS:
+        for name in ("train_dpo.py", "train_grpo.py"):
+            if "runs/t" in command and name in command:
+                args = SCRIPTS[name].get_args(shlex.split(command.split(name)[1]))
+                found[args.out.name] = args
+    assert len(found) == 14
+    for name, args in found.items():
+        maths = name.startswith(("t1", "t5")) or name == "t3-chat-then-maths"
+        assert (args.lr, args.grad_clip, args.temperature) == (1e-6, 0.1, 1.0)
+        assert args.max_new_tokens == (2048 if maths else 1024) and args.prompts_per_step == (
+            64 if maths else 32
+        )
+        if "grpo" in name or name.startswith("t5"):
+            assert (args.beta, args.sync_ref, args.std_norm, args.sync_steps) == (0.001, False, False, 1)
+            assert args.samples_per_prompt == {"t5-4": 4, "t5-12": 12}.get(name, 8)
+        else:
+            assert (args.beta, args.adam_eps, args.sync_ref) == (
+                (0.1, 1e-4, True) if maths else (0.01, 1e-8, False)
+            )
+    steps = {name: found[name].sync_steps for name in ("t1-offline", "t1-s100", "t1-s10", "t1-s1", "t2-s5")}
+    assert list(steps.values()) == [math.inf, 100, 10, 1, 5]
 
 
 def test_every_file_named_exists():
@@ -44,6 +91,8 @@ def test_every_flag_named_is_declared(capsys):
     for script in SCRIPTS.values():
         with contextlib.suppress(SystemExit):
             script.get_args(["--help"])
+    with contextlib.suppress(SystemExit):
+        data.get_args(["--help"])
     declared = capsys.readouterr().out
     others = {"--no-deps", "--extra-index-url", "--nproc-per-node", "--help", "--model_outputs"}
     assert {flag for flag in re.findall(r"--[a-z][a-z_-]+", README) if flag not in declared} <= others
@@ -54,11 +103,15 @@ def test_every_metric_logged_is_explained_and_the_other_way_round():
     explained = {name for line in table for name in re.findall(r"`(\w[\w/]+)`", line.split("|")[1])}
     logs = [ROOT / "results" / "toy" / run / "metrics.jsonl" for run in ("dpo-s10-seed0", "grpo-s10-seed0")]
     logged = {name for log in logs for line in log.read_text().splitlines() for name in json.loads(line)}
-    assert logged - {"step"} == explained - {"memory/peak_gib"}
+    logged |= {"reward/exact", "reward/gsm8k", "reward/math", "reward/rm", "reward/judge"}
+    logged |= {"eval/reward", "eval/reward_per_token", "eval/length", "memory/peak_gib"}
+    assert logged - {"step"} == explained
 
 
 def test_the_results_are_those_of_the_logs():
     done = subprocess.run(
         [sys.executable, ROOT / "results" / "table.py"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.count("\n") == 2 + 8 and done.stdout in README
+    toy, mixed = done.stdout.split("\n\n")
+    assert toy.count("\n") == 1 + 8 and mixed.count("\n") == 2 + 6
+    assert toy + "\n\n" in README and mixed in README

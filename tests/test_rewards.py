@@ -7,9 +7,10 @@ import sys
 import time
 
 import pytest
+from verdicts import NARROW, RIGHT, WRONG
 
 import rewards
-from rewards import REWARDS
+from rewards import VERIFIERS
 
 HANGS = r"$\boxed{9^{9^{9^{9}}}}$"
 
@@ -49,12 +50,19 @@ HANGS = r"$\boxed{9^{9^{9^{9}}}}$"
     ],
 )
 def test_verdicts(name, answer, text, reward):
-    assert REWARDS[name](answer, text) == reward
+    assert VERIFIERS[name](answer, text) == reward
+
+
+def test_math_verdicts():
+    assert len(RIGHT) + len(WRONG) >= 60
+    wrong = [pair for pair in RIGHT if VERIFIERS["math"](*pair) != 1]
+    wrong += [pair for pair in WRONG + NARROW if VERIFIERS["math"](*pair) != 0]
+    assert wrong == []
 
 
 @pytest.fixture
 def scorer():
-    scorer = rewards.Scorer({"math"}, timeout=1.5, workers=2)
+    scorer = rewards.Verifiers({"math"}, timeout=1.5, workers=2)
     yield scorer
     scorer.close()
 
@@ -73,17 +81,17 @@ def test_a_hanging_answer_is_killed_and_its_neighbours_are_scored(scorer):
 def test_a_memory_bomb_a_crash_an_exception_and_nan_leave_no_verdict(scorer, monkeypatch, tmp_path):
     script = tmp_path / "rewards.py"
     bombs = """
-REWARDS["bomb"] = lambda answer, text: float(len(bytearray(int(4e9))))
-REWARDS["crash"] = lambda answer, text: os._exit(3)
-REWARDS["raise"] = lambda answer, text: 1 / 0
-REWARDS["nan"] = lambda answer, text: math.nan
-REWARDS["noise"] = lambda answer, text: print("1.0") or 0.5
+VERIFIERS["bomb"] = lambda answer, text: float(len(bytearray(int(4e9))))
+VERIFIERS["crash"] = lambda answer, text: os._exit(3)
+VERIFIERS["raise"] = lambda answer, text: 1 / 0
+VERIFIERS["nan"] = lambda answer, text: math.nan
+VERIFIERS["noise"] = lambda answer, text: print("1.0") or 0.5
 if __name__ == "__main__":
 """
     with open(rewards.__file__) as source:
         script.write_text(source.read().replace('if __name__ == "__main__":\n', bombs))
     monkeypatch.setattr(rewards, "__file__", str(script))
-    scorer = rewards.Scorer(set(), timeout=5, workers=1)
+    scorer = rewards.Verifiers(set(), timeout=5, workers=1)
     kinds = ["exact", "bomb", "exact", "crash", "exact", "raise", "nan", "noise", "exact"]
     assert scorer([(kind, "1", "1") for kind in kinds]) == [1, None, 1, None, 1, None, None, 0.5, 1]
     scorer.close()

@@ -10,6 +10,7 @@ DPO, GRPO = ((ROOT / f"train_{name}.py").read_text().replace(name, "NAME").repla
 OWN_FLAGS = {  # another default, help or meaning, or there in one script only
     "--sync-ref", "--samples-per-prompt", "--lr", "--adam-eps", "--beta", "--seed",
     "--std-norm", "--loss-norm", "--clip-low", "--clip-high", "--is-cap",
+    "--all-pairs", "--nll-weight", "--length-normalize", "--entropy-weight", "--grpo-weight",
 }  # fmt: skip
 
 

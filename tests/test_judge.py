@@ -1,0 +1,248 @@
+"""The judge against scripted answers over real HTTP, and once against a real `vllm serve` on the loopback."""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+from conftest import TOY
+
+import rewards
+
+CHECK = "1+1="  # the question that a judge is asked before a run starts
+
+
+@contextmanager
+def serving(reply):
+    """An OpenAI-compatible server; reply(text, how often it was asked) -> text or (status, body)."""
+    seen, lock = {}, threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = body["messages"][0]["content"]
+            with lock:
+                seen.setdefault(text, []).append((body, self.headers.get("Authorization")))
+            answer = "<score>5</score>" if CHECK in text else reply(text, len(seen[text]))
+            status, content = (200, None) if isinstance(answer, str) else answer
+            if content is None:
+                message = {"role": "assistant", "content": answer}
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                content = {
+                    "id": "x",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": "m",
+                    "choices": [choice],
+                }
+            data = (content if isinstance(content, str) else json.dumps(content)).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def judge(url, pairwise=False, votes=1, timeout=5.0, concurrency=4):
+    return rewards.Judge(
+        argparse.Namespace(
+            judge_url=url, judge_model="m", judge_pairwise=pairwise, judge_votes=votes, judge_timeout=timeout,
+            judge_concurrency=concurrency,
+        )
+    )  # fmt: skip
+
+
+def group(prompt, *texts):
+    return (SimpleNamespace(prompt=prompt, reward="judge"), [SimpleNamespace(text=text) for text in texts])
+
+
+def test_pointwise_scores_and_what_is_asked():
+    with serving(lambda text, _: f"fine. <score>{text.count('!')}</score>") as (url, seen):
+        assert judge(url).score([group("Say hi", "hi!!", "hi"), group("Say", "!!!!")]) == [2, 0, 4]
+    [(body, _)] = next(calls for text, calls in seen.items() if "hi!!" in text)
+    assert body["model"] == "m" and body["temperature"] == 0 and body["seed"] == 0
+    text = body["messages"][0]["content"]
+    assert "[Instruction]\nSay hi\n" in text and "[Response]\nhi!!\n" in text
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("<score>7</score>", 7),
+        ("<score> 7.5 </score>\n", 7.5),
+        ("at first <score>2</score>, but no: <score>9</score>", 9),
+        ("<score>11</score>", None),
+        ("<score>-1</score>", None),
+        ("<score>seven</score>", None),
+        ("I cannot judge that.", None),
+        ("", None),
+        ((200, "not json"), None),
+        ((200, {"choices": []}), None),
+        ((200, {"error": "none of that"}), None),
+        ((401, {"error": {"message": "wrong key"}}), None),
+        ((400, {"error": {"message": "too long"}}), None),
+    ],
+)
+def test_what_cannot_be_understood_is_no_verdict_and_never_0(reply, score):
+    with serving(lambda text, _: reply if "odd" in text else "<score>3</score>") as (url, _):
+        assert judge(url).score([group("q", "odd", "plain")]) == [score, 3]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_passes_is_tried_again(status):
+    with serving(lambda _, n: (status, {"error": {"message": "later"}}) if n < 3 else "<score>6</score>") as (
+        url,
+        seen,
+    ):
+        assert judge(url).score([group("q", "a")]) == [6]
+    assert sorted(map(len, seen.values())) == [1, 3]
+
+
+def test_what_goes_on_failing_is_given_up_after_3_tries():
+    with serving(lambda *_: (500, {"error": {"message": "no"}})) as (url, seen):
+        asked = judge(url)
+        assert asked.score([group("q", "a")]) == [None] and asked.fault == "InternalServerError 500"
+        assert sorted(map(len, seen.values())) == [1, 3]
+
+
+def test_a_connection_that_hangs_is_given_up():
+    with serving(lambda text, _: time.sleep(20) or "" if "slow" in text else "<score>3</score>") as (url, _):
+        started = time.perf_counter()
+        assert judge(url, timeout=0.3).score([group("q", "slow", "fast")]) == [None, 3]
+        assert time.perf_counter() - started < 10
+
+
+def test_a_judge_that_dies_leaves_no_verdict():
+    with serving(lambda *_: "<score>3</score>") as (url, _):
+        asked = judge(url, timeout=1)
+        assert asked.score([group("q", "a")]) == [3]
+    assert asked.score([group("q", "a", "b")]) == [3, None]  # the first is known by now
+    assert asked.fault in ("APIConnectionError", "APITimeoutError")
+
+
+def test_votes_are_averaged_and_ask_with_different_seeds():
+    scores = iter([2, 9])
+    with serving(lambda *_: f"<score>{next(scores)}</score>") as (url, seen):
+        assert judge(url, votes=2, concurrency=1).score([group("q", "a")]) == [5.5]
+    calls = next(calls for text, calls in seen.items() if CHECK not in text)
+    assert sorted(body["seed"] for body, _ in calls) == [0, 1] and calls[0][0]["temperature"] == 1
+
+
+def test_pairwise_is_the_mean_over_all_ordered_pairs():
+    """Each answer's score is its number of '!', plus 1 for standing first."""
+
+    def reply(text, _):
+        a, b = (text.split(f"[Response {x}]\n")[1].split("\n")[0].count("!") for x in "AB")
+        return f"<score_A>{a + 1}</score_A> <score_B>{b}</score_B>"
+
+    with serving(reply) as (url, seen):
+        assert judge(url, pairwise=True).score([group("q", "a!", "b!!", "c")]) == [1.5, 2.5, 0.5]
+    assert len(seen) == 1 + 6
+
+
+def test_half_a_comparison_does_not_count():
+    def reply(text, _):
+        first = "[Response A]\na\n" in text
+        return "<score_A>4</score_A>" if first else "<score_A>1</score_A><score_B>2</score_B>"
+
+    with serving(reply) as (url, _):
+        assert judge(url, pairwise=True).score([group("q", "a", "b")]) == [2, 1]
+
+
+def test_equal_questions_are_asked_once():
+    with serving(lambda *_: "<score>5</score>") as (url, seen):
+        asked = judge(url)
+        assert asked.score([group("q", "same", "same", "same")]) == [5, 5, 5]
+        assert asked.score([group("q", "same")]) == [5]
+    assert sorted(map(len, seen.values())) == [1, 1]
+
+
+def test_no_more_requests_at_a_time_than_allowed():
+    running, most, lock = 0, 0, threading.Lock()
+
+    def reply(*_):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+        return "<score>5</score>"
+
+    with serving(reply) as (url, _):
+        judge(url, concurrency=3).score([group("q", *map(str, range(12)))])
+    assert most == 3
+
+
+def test_the_key_comes_from_the_environment_and_shows_nowhere(monkeypatch, capfd):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-secret")
+    refuse = (401, {"error": {"message": "Incorrect API key provided: sk-secret"}})
+    with serving(lambda *_: refuse) as (url, seen):
+        asked = judge(url)
+        assert asked.score([group("q", "a")]) == [None]
+    assert {key for calls in seen.values() for _, key in calls} == {"Bearer sk-secret"}
+    assert asked.fault == "AuthenticationError 401"
+    assert "secret" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [("localhost:8000", "not an address such as"), ("http://127.0.0.1:9/v1", "does not answer")],
+)
+def test_a_judge_that_is_not_there_is_named_before_the_run(url, said):
+    with pytest.raises(argparse.ArgumentError, match=said):
+        judge(url, timeout=1)
+
+
+def test_a_real_server(tmp_path):
+    """`vllm serve` with the toy, its context stretched for the question: this is about the transport."""
+    pytest.importorskip("vllm")
+    for file in TOY.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((TOY / "config.json").read_text()) | {"max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path)]
+    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--served-model-name", "m"]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
+        try:
+            while True:
+                assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            asked = judge(f"http://127.0.0.1:{port}/v1", timeout=60)
+            reply = asked.ask(("35+7=", 0))
+            assert reply.strip().isdigit() and asked.fault is None
+            assert asked.score([group("q", "a")]) == [None] and asked.fault is None  # no score in its digits
+        finally:
+            server.terminate()
+            server.wait()

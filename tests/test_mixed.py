@@ -1,0 +1,246 @@
+"""Open-ended rewards: reward models in both layouts, and whole runs that mix them with verifiable rows."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TOY
+from safetensors.torch import load_file, save_file
+from test_judge import serving
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, LlamaModel
+
+import rewards
+
+F32 = torch.float32
+CHATS = [
+    [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    for question, answer in [
+        ("like 1, ab:", "11"),
+        ("like 2, cd:", "222222"),
+        ("like 0, ef:", ""),
+        ("a", "b"),
+    ]
+]
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def model_of(kind, directory, tokenizer, **more):
+    torch.manual_seed(3)
+    model = kind(
+        LlamaConfig(vocab_size=len(tokenizer) + 1, pad_token_id=tokenizer.eos_token_id, **SHAPE, **more)
+    )
+    with torch.no_grad():  # transformers' initialization is so small that all rewards are alike
+        for p in model.parameters():
+            p.mul_(5)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return model
+
+
+def by_hand(backbone, head_1H, conversation, tokenizer, *behind):
+    """One conversation alone, spelled out: the toy's template by f-string, the head on the last token."""
+    text = f"<|user|>{conversation[0]['content']}<|assistant|>{conversation[1]['content']}<|end|>"
+    ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) + list(behind)
+    return (head_1H[0] @ backbone(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+
+
+@pytest.fixture(scope="module")
+def hub_model(tmp_path_factory, tokenizer):
+    """In the hub's format; the padding token is also the last one of every text."""
+    directory = tmp_path_factory.mktemp("rm")
+    return directory, model_of(LlamaForSequenceClassification, directory, tokenizer, num_labels=1)
+
+
+@pytest.fixture(scope="module")
+def athene(tmp_path_factory):
+    """Athene-RM-8B's layout: a bare Llama and `v_head`, a class of another name, and a CLS token."""
+    directory = tmp_path_factory.mktemp("athene")
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    tokenizer.add_special_tokens({"cls_token": "<|cls|>"})
+    model = model_of(LlamaModel, directory, tokenizer)
+    head_1H = torch.randn(1, 32) / 10
+    tensors = {f"model.{name}": tensor for name, tensor in load_file(directory / "model.safetensors").items()}
+    save_file(tensors | {"v_head.weight": head_1H}, directory / "model.safetensors", {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["architectures"] = ["CustomAutoModelForSequenceClassification"]
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory, model, head_1H, tokenizer
+
+
+def test_a_hub_model_scores_as_by_hand(hub_model, tokenizer, device):
+    directory, model = hub_model
+    scores = rewards.RewardModel(str(directory), device, F32)(CHATS)
+    wanted = [by_hand(model.model, model.score.weight, chat, tokenizer) for chat in CHATS]
+    assert scores == pytest.approx(wanted, abs=1e-5) and statistics.stdev(scores) > 0.01
+
+
+def test_athene_scores_as_by_hand_at_the_cls_token(athene, device):
+    directory, model, head_1H, tokenizer = athene
+    scores = rewards.RewardModel(str(directory), device, F32)(CHATS)
+    wanted = [by_hand(model, head_1H, chat, tokenizer, tokenizer.cls_token_id) for chat in CHATS]
+    assert scores == pytest.approx(wanted, abs=1e-5) and statistics.stdev(scores) > 0.01
+
+
+@pytest.mark.parametrize("layout", ["hub_model", "athene"])
+def test_scores_do_not_depend_on_the_batch(layout, request, device):
+    directory = str(request.getfixturevalue(layout)[0])
+    whole = rewards.RewardModel(directory, device, F32)(CHATS)
+    small = rewards.RewardModel(directory, device, F32, offload=True, batch_tokens=40)
+    assert small(CHATS) == pytest.approx(whole, abs=1e-5)
+    assert [small([chat])[0] for chat in reversed(CHATS)] == pytest.approx(whole[::-1], abs=1e-5)
+    assert small([]) == []
+
+
+def test_what_is_too_long_has_no_verdict(hub_model, device):
+    model = rewards.RewardModel(str(hub_model[0]), device, F32, max_tokens=18)
+    scores = model(CHATS)
+    assert [score is None for score in scores] == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda d, t: model_of(LlamaForSequenceClassification, d, t, num_labels=2), "it has 2 labels"),
+        (lambda d, t: model_of(LlamaModel, d, t, num_labels=1), "it lacks score.weight"),
+        (lambda d, t: None, "cannot be loaded"),
+    ],
+)
+def test_what_is_no_reward_model_is_named(make, said, tokenizer, device, tmp_path):
+    make(tmp_path, tokenizer)
+    with pytest.raises(argparse.ArgumentError, match=said):
+        rewards.RewardModel(str(tmp_path), device, F32)
+
+
+def run(tmp_path, script, *flags, env=None):
+    """A short run with the hf sampler, and a few sums and chats to validate with: (process, metrics)."""
+    for name in ("valid", "chat_valid"):
+        lines = (ROOT / "toy" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines[:16]))
+    command = [sys.executable, ROOT / script, "--sampler", "hf", "--out", tmp_path / "run", "--steps", "4"]
+    command += ["--prompts-per-step", "12", "--sync-steps", "2", "--eval-every", "4", "--log-samples", "-1"]
+    done = subprocess.run(
+        [*map(str, [*command, *flags])], capture_output=True, text=True, check=False, env=env
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    return done, [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+@pytest.mark.parametrize("script", ["train_dpo.py", "train_grpo.py"])
+def test_both_kinds_in_one_run(script, tmp_path):
+    flags = ["--data", ROOT / "toy/train.jsonl", ROOT / "toy/chat_train.jsonl", "--data-weights", 1, 1]
+    flags += ["--eval-data", tmp_path / "valid.jsonl", tmp_path / "chat_valid.jsonl"]
+    done, metrics = run(tmp_path, script, *flags, "--reward-model", ROOT / "toy/reward_model")
+    assert done.returncode == 0, done.stderr[-2000:]
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    model = rewards.RewardModel(str(ROOT / "toy" / "reward_model"), "cpu", F32)
+    for step, line in enumerate(m for m in metrics if "loss" in m):
+        mine = [s for s in samples if s["step"] == step]
+        sums, chats = (
+            [s for s in mine if s["prompt"].startswith("like") == open_] for open_ in (False, True)
+        )
+        assert (
+            sums
+            and chats
+            and line["reward/exact"] == pytest.approx(statistics.fmean(s["reward"] for s in sums))
+        )
+        assert line["reward/rm"] == pytest.approx(statistics.fmean(s["reward"] for s in chats))
+        pairs = [
+            ({"role": "user", "content": s["prompt"]}, {"role": "assistant", "content": s["text"]})
+            for s in chats
+        ]
+        assert [s["reward"] for s in chats] == pytest.approx(model([list(pair) for pair in pairs]), abs=1e-4)
+    validation = [m for m in metrics if "eval/accuracy" in m]
+    assert len(validation) == 2 and all(m["eval/prompts"] == 32 for m in validation)
+    for m in validation:
+        assert 0 <= m["eval/accuracy"] <= 1 and m["eval/reward_per_token"] == pytest.approx(
+            m["eval/reward"] / m["eval/length"]
+        )
+    assert "validation accuracy" in done.stdout.splitlines()[-1]
+
+
+def test_a_run_without_anything_verifiable_reports_the_reward(tmp_path):
+    flags = ["--data", ROOT / "toy/chat_train.jsonl", "--eval-data", tmp_path / "chat_valid.jsonl"]
+    done, metrics = run(tmp_path, "train_dpo.py", *flags, "--reward-model", ROOT / "toy/reward_model")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].startswith(
+        f"validation reward {metrics[0]['eval/reward']:.3f} before"
+    )
+
+
+def judged(tmp_path):
+    rows = [
+        {"prompt": f"{i}+{i}=", "reward": "judge" if i % 2 else "exact", "answer": str(2 * i)}
+        for i in range(40)
+    ]
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        "--data",
+        tmp_path / "judged.jsonl",
+        "--eval-data",
+        tmp_path / "valid.jsonl",
+        "--judge-model",
+        "m",
+    ]
+
+
+def test_a_judge_that_dies_in_mid_run_costs_its_answers_alone(tmp_path):
+    """It answers 60 questions, then nothing but errors: the run goes on, and no failure is scored 0."""
+    asked = []
+
+    def reply(text, _):
+        asked.append(text)
+        return (
+            f"<score>{1 + len(text) % 9}</score>"
+            if len(asked) <= 60
+            else (400, {"error": {"message": "gone"}})
+        )
+
+    with serving(reply) as (url, _):
+        done, metrics = run(
+            tmp_path, "train_dpo.py", *judged(tmp_path), "--judge-url", url, "--max-failed", "1"
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    failed = [m["rewards/failed"] for m in metrics if "loss" in m]
+    assert len(failed) == 4 and sum(failed) > 0
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    mine = [s["reward"] for s in samples if (int(s["answer"]) // 2) % 2]
+    assert mine.count(None) == sum(failed) and 0 not in mine and any(reward for reward in mine)
+    assert all(s["reward"] in (0, 1) for s in samples if not (int(s["answer"]) // 2) % 2)
+
+
+def test_too_many_failures_stop_the_run_with_a_line(tmp_path):
+    with serving(lambda *_: "no score") as (url, _):
+        done, metrics = run(
+            tmp_path, "train_grpo.py", *judged(tmp_path), "--judge-url", url, "--max-failed", "0.1"
+        )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("stopped: ") and last.endswith("more than --max-failed 0.1")
+    assert len([m for m in metrics if "loss" in m]) == 1
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("plain")
+    return [
+        m for m in run(directory, "train_dpo.py", "--eval-data", directory / "valid.jsonl")[1] if "loss" in m
+    ]
+
+
+ABLATIONS = ["--nll-weight 0.5", "--entropy-weight 1", "--length-normalize", "--all-pairs"]
+ABLATIONS += ["--all-pairs --grpo-weight 0.01"]
+
+
+@pytest.mark.parametrize("flags", ABLATIONS)
+def test_an_ablation_changes_the_update_alone(flags, plain, tmp_path):
+    done, metrics = run(tmp_path, "train_dpo.py", "--eval-data", tmp_path / "valid.jsonl", *flags.split())
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps = [m for m in metrics if "loss" in m]
+    assert (
+        steps[0]["reward"] == plain[0]["reward"] and steps[0]["pairs"] == plain[0]["pairs"]
+    )  # the same answers
+    assert steps[1]["grad_norm"] != pytest.approx(plain[1]["grad_norm"], rel=1e-4)
