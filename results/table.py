@@ -1,6 +1,7 @@
-"""Prints the README's table from results/toy/: validation accuracy over seeds, and where the time went.
+"""Prints the README's tables from the logs: results/toy/ (validation accuracy over seeds, and where the time
+went) and results/mixed/ (both kinds of tasks at the end of each run).
 
-python results/table.py
+    python results/table.py
 """
 
 import json
@@ -41,6 +42,27 @@ def main():
         cells = [f"{statistics.mean(accuracies):.2f}", f"{statistics.stdev(accuracies):.2f}", each]
         cells = [f"`{seeds[0]['command']}`", *cells, f"{seconds:.0f}", f"{speed:,.0f}", name + "-seed*"]
         print("| " + " | ".join(cells) + " |")
+    print()
+    mixed()
+
+
+def mixed():
+    print(
+        "| trained on | accuracy: sums | sd | reward: chats | sd | tokens of an answer |\n"
+        "|---|---|---|---|---|---|"
+    )
+    names = ("eval/accuracy", "eval/reward", "eval/length")
+    ends = {name: [] for name in ("nothing", "sums", "chats", "both", "sums-then-chats", "chats-then-sums")}
+    for directory in sorted((HERE / "mixed").glob("*-seed[0-9]")):
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        evaluations = [[line[name] for name in names] for line in lines if "eval/accuracy" in line]
+        ends[directory.name.rsplit("-", 1)[0]].append(evaluations[-1])
+        if directory.name.startswith("sums-seed"):
+            ends["nothing"].append(evaluations[0])
+    for name, seeds in ends.items():
+        accuracy, reward, length = zip(*seeds, strict=True)
+        cells = [f"{f(x):.2f}" for x in (accuracy, reward) for f in (statistics.mean, statistics.stdev)]
+        print("| " + " | ".join([name.replace("-", " "), *cells, f"{statistics.mean(length):.1f}"]) + " |")
 
 
 if __name__ == "__main__":

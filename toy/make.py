@@ -1,4 +1,5 @@
-"""Makes everything in toy/: a tokenizer, a small Llama that has half learned to add, and its prompts.
+"""Makes everything in toy/: a small Llama that has half learned to add, its prompts, and, for an
+open-ended task, other prompts and a reward model.
 
     python toy/make.py            # about 3 minutes on 2 CPU cores, no network; the same files every time
 
@@ -7,6 +8,10 @@ taught right answers and then made noisy only has to be sharpened, and offline t
 online. This one is trained on answers of which 60 % are wrong from the beginning, so it samples the right
 answer about one time in four
 and still has to learn: that is what needs fresh samples, and where offline training falls behind.
+
+The open-ended prompts ("like 7, qx:") have no right answer. Somebody likes answers with many 7s, about four
+digits long, and has compared pairs of answers, not without mistakes; the reward model has learned from that.
+The small Llama has never seen such a prompt: it answers with any number.
 """
 
 import argparse
@@ -20,7 +25,12 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz +-*/=<>(){}.,:;?!'\"_$#\n"
@@ -32,6 +42,7 @@ TEMPLATE = (
 ERRORS = [1, -1, 2, -2, 9, -9, 10, -10, 11]  # what a half-learned carry does to a sum
 RIGHT = 0.4  # share of right answers in the warm start
 VALID = 512  # held-out prompts of the 10,000
+CHATS = (2000, 256)  # open-ended prompts, for training and held out
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -88,6 +99,55 @@ def warm_start(
     return model
 
 
+def liking(prompt: str, answer: str) -> float:
+    """How much an answer to an open-ended prompt is liked: the digit asked for, four digits in all."""
+    return answer.count(prompt[len("like ")]) - 1.5 * abs(len(answer) - 4)
+
+
+def reward_model(
+    tokenizer, prompts: list[str], steps: int, batch: int, seed: int
+) -> LlamaForSequenceClassification:
+    """Learns from noisy comparisons of two random answers (Bradley and Terry's model, as in the field)."""
+    torch.manual_seed(seed)
+    random_ = random.Random(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_labels=1,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    bar = tqdm(range(steps), desc="reward model")
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        texts = ([], [])
+        for prompt in random_.choices(prompts, k=batch):
+            pair = [_answer(random_, prompt) for _ in range(2)]
+            better = liking(prompt, pair[0]) - liking(prompt, pair[1])
+            if random_.random() > 1 / (1 + math.exp(-better)):
+                pair.reverse()
+            for part, answer in zip(texts, pair, strict=True):
+                messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+                part.append(tokenizer.apply_chat_template(messages, tokenize=False))
+        inputs = tokenizer(texts[0] + texts[1], add_special_tokens=False, padding=True, return_tensors="pt")
+        rewards = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0]
+        loss = -F.logsigmoid(rewards[:batch] - rewards[batch:]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    tokenizer.backend_tokenizer.no_padding()  # it would be saved with the tokenizer
+    return model
+
+
+def _answer(random_: random.Random, prompt: str) -> str:
+    """Up to 7 digits; some answers mostly of the digit that is liked, so that they are compared too."""
+    liked, length = prompt[len("like ")], random_.randrange(0, 8)
+    share = random_.choice([0.1, 0.5, 0.9])
+    return "".join(liked if random_.random() < share else random_.choice("0123456789") for _ in range(length))
+
+
 def chat_ids(tokenizer, prompt: str) -> list[int]:
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
@@ -127,17 +187,28 @@ def main():
     tokenizer = make_tokenizer()
     model = warm_start(tokenizer, train, args.steps, args.batch, args.seed)
 
+    chats = [
+        f"like {digit}, {a}{b}:" for digit in range(10) for a in CHARACTERS[10:36] for b in CHARACTERS[10:36]
+    ]
+    random.Random(args.seed).shuffle(chats)
+    chats_train, chats_valid = chats[: CHATS[0]], chats[CHATS[0] : sum(CHATS)]
+    judge = reward_model(tokenizer, chats_train, args.steps, 64, args.seed)
+
     args.out.mkdir(parents=True, exist_ok=True)
+    for name, split in [("chat_train", chats_train), ("chat_valid", chats_valid)]:
+        rows = [{"prompt": prompt, "reward": "rm"} for prompt in split]
+        (args.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, split in [("train", train), ("valid", valid)]:
         rows = [{"prompt": f"{a}+{b}=", "reward": "exact", "answer": str(a + b)} for a, b in split]
         (args.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer.save_pretrained(args.out / "model")
-    model.save_pretrained(args.out / "model")
-    (args.out / "model" / "model.safetensors").chmod(0o644)
+    for name, trained in [("model", model), ("reward_model", judge)]:
+        tokenizer.save_pretrained(args.out / name)
+        trained.save_pretrained(args.out / name)
+        (args.out / name / "model.safetensors").chmod(0o644)
     right = probability_right(model, tokenizer, valid)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size:,} parameters; a sampled answer to a held-out sum is right with probability {right:.3f}")
-    print(f"wrote model, train.jsonl and valid.jsonl to {args.out} in {time.time() - started:.0f} s")
+    print(f"wrote two models and four .jsonl files to {args.out} in {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":
