@@ -405,27 +405,44 @@ def _write(path: Path, content: bytes):
 
 
 def get_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Turns a dataset of the hub into rows, with the paper's filters."
-    )
+    parser = argparse.ArgumentParser(description="Turns a dataset into rows, with the paper's filters.")
+    parser.error = _fail
     parser.add_argument("name", choices=list(SOURCES))
     parser.add_argument("--source", help="another copy of it: .jsonl, .parquet, hub name[:split[:config]]")
     parser.add_argument("--revision", help="commit of the hub's dataset (default: the newest)")
     parser.add_argument("--out", type=Path, help="directory (default: datasets/<name>)")
     parser.add_argument(
-        "--train", type=int, help="training rows; paper: 1000 WildChat, mixed 100000 and 50000"
+        "--train", type=int, help="rows to train on; paper: 1000 WildChat, mixed 100000, 50000"
     )
     parser.add_argument("--valid", type=int, help="validation rows (default: the paper's)")
     parser.add_argument("--test", type=int, help="test rows (default: the paper's)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.splits = dict(SPLITS[args.name])
+    for split in ("train", "valid", "test"):
+        size = getattr(args, split)
+        if size is not None and (size < 1 or split not in args.splits):
+            parser.error(
+                f"--{split} {size}: {args.name} has the splits {', '.join(args.splits)}, of 1 row or more"
+            )
+        args.splits[split] = size or args.splits.get(split)
+    args.splits = {split: args.splits[split] for split in SPLITS[args.name]}
+    args.out = args.out or Path("datasets") / args.name
+    if (args.out / "manifest.json").exists():
+        parser.error(f"--out {args.out}: holds rows already (manifest.json); name another directory")
+    return args
+
+
+def _fail(message: str):
+    """A user's mistake: one line, exit code 2."""
+    print(f"data.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv=None):
     args = get_args(argv)
-    splits = {split: getattr(args, split) or size for split, size in SPLITS[args.name].items()}
-    out = args.out or Path("datasets") / args.name
-    manifest = prepare(args.name, args.source or SOURCES[args.name], args.revision, out, splits, args.seed)
+    source = args.source or SOURCES[args.name]
+    manifest = prepare(args.name, source, args.revision, args.out, args.splits, args.seed)
     print(json.dumps(manifest, indent=1))
 
 
@@ -433,4 +450,4 @@ if __name__ == "__main__":
     try:
         main()
     except ArgumentError as error:
-        sys.exit(f"data.py: error: {error}")
+        _fail(str(error))

@@ -3,8 +3,11 @@
 import argparse
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 import data
 
@@ -133,3 +136,26 @@ def test_missing_columns_and_too_few_rows_are_named(tmp_path):
     with pytest.raises(argparse.ArgumentError, match=r"wildchat.jsonl: 2 rows are left for train, wanted 3"):
         prepare(tmp_path, "wildchat", [chat("a"), chat("b")], train=3)
     assert not (tmp_path / "out" / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("wildchat --source {tmp}/columns.jsonl", "{tmp}/columns.jsonl, line 1: no column 'conversation'"),
+        ("wildchat --source {tmp}/missing.jsonl", "{tmp}/missing.jsonl: no such file"),
+        ("wildchat --train -5", "--train -5: wildchat has the splits valid, train, of 1 row or more"),
+        ("wildchat --test 5", "--test 5: wildchat has the splits valid, train"),
+        ("imagenet", "invalid choice: 'imagenet'"),
+        ("amc23 --out {tmp}/done", "{tmp}/done: holds rows already"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, said, tmp_path):
+    (tmp_path / "columns.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "manifest.json").write_text("{}")
+    command = [sys.executable, ROOT / "data.py", *flags.format(tmp=tmp_path).split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    error = done.stderr[done.stderr.rfind("\r") + 1 :].strip()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert error.splitlines()[-1].startswith("data.py: error: ") and said.format(tmp=tmp_path) in error
+    assert not (tmp_path / "datasets").exists()
