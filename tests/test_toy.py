@@ -1,12 +1,17 @@
 """The embedded default: what make.py makes, and that it makes the same every time."""
 
 import json
+import random
+import statistics
 import subprocess
 import sys
 
 import make
+import torch
 from conftest import ROOT, TOY
 from transformers import AutoModelForCausalLM
+
+import rewards
 
 
 def rows(name):
@@ -35,6 +40,19 @@ def test_the_tokenizer_is_one_token_a_character_and_reversible(tokenizer):
     assert tokenizer.decode(tokenizer.encode("<|user|>1<|end|>"), skip_special_tokens=True) == "1"
 
 
+def test_the_open_ended_prompts_are_disjoint_and_the_reward_model_knows_what_is_liked(device):
+    train, valid = ([row["prompt"] for row in rows(f"chat_{name}.jsonl")] for name in ("train", "valid"))
+    assert (len(set(train)), len(set(valid))) == make.CHATS and not set(train) & set(valid)
+    model = rewards.RewardModel(str(ROOT / "toy" / "reward_model"), device, torch.float32)
+    random_ = random.Random(1)
+    answers = [(prompt, make._answer(random_, prompt)) for prompt in valid]
+    scores = model(
+        [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in answers]
+    )
+    liked = [make.liking(prompt, answer) for prompt, answer in answers]
+    assert statistics.correlation(scores, liked) > 0.95
+
+
 def test_make_twice_makes_the_same(tmp_path):
     for name in "ab":
         command = [
@@ -50,5 +68,8 @@ def test_make_twice_makes_the_same(tmp_path):
     assert len(files) >= 6
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    for name in ("train.jsonl", "valid.jsonl", "model/tokenizer.json", "model/chat_template.jinja"):
+    same = ["train.jsonl", "valid.jsonl", "chat_train.jsonl", "chat_valid.jsonl"]
+    for model in ("model", "reward_model"):
+        same += [f"{model}/tokenizer.json", f"{model}/chat_template.jinja"]
+    for name in same:
         assert (tmp_path / "a" / name).read_bytes() == (ROOT / "toy" / name).read_bytes()
