@@ -17,10 +17,11 @@ import os
 import random
 import re
 import sys
+import zlib
 from argparse import ArgumentError
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,6 +34,7 @@ class Row:
     reward: str | None  # None: nothing scores it (only an evaluation accepts that)
     answer: str | None
     uid: str | None = None
+    where: str = field(default="", compare=False, repr=False)  # source and line, to name it by
 
 
 class Prompts:
@@ -67,6 +69,14 @@ class Prompts:
         places = [divmod(position, self.epoch_size) for position in range(cursor, cursor + count)]
         pairs = [self._epoch(epoch)[offset] for epoch, offset in places]
         return [self.sources[j][i] for j, i in pairs]
+
+
+def fingerprint(sources: list[list]) -> int:
+    """Of all rows in their order, whatever the files are called: a resumed run must find the same."""
+    crc = 0
+    for row in itertools.chain(*sources):
+        crc = zlib.crc32(repr(row).encode(), crc)
+    return crc
 
 
 @functools.lru_cache(maxsize=64)
@@ -116,8 +126,15 @@ def _load(source, tokenizer, check, max_tokens, progress) -> tuple[list[Row], in
         "input_ids"
     ]  # the template has written the special tokens already
     rows = [
-        Row(row["prompt"], i, row.get("reward"), *(_text(row.get(key)) for key in ("answer", "uid")))
-        for (_, row), i in zip(raw, ids, strict=True)
+        Row(
+            row["prompt"],
+            i,
+            row.get("reward"),
+            _text(row.get("answer")),
+            _text(row.get("uid")),
+            f"{source} {where} {number}",
+        )
+        for (number, row), i in zip(raw, ids, strict=True)
         if len(i) <= max_tokens
     ]
     if not rows:
@@ -132,9 +149,11 @@ def _text(value) -> str | None:
     return None if value is None else str(value)
 
 
-def load_rollouts(path: Path, completion: type, vocab: int, max_tokens: int) -> list[tuple[Row, list]]:
+def load_rollouts(
+    path: Path, completion: type, vocab: int, max_tokens: int, version=0
+) -> list[tuple[Row, list]]:
     """The (row, completions) groups that --save-rollouts wrote; completion: the class to make of them. Their
-    version, a step of another run, becomes 0: here they are as old as the training.
+    version, a step of another run, becomes `version`: at 0 they are as old as the training.
 
     Raises ArgumentError for what is no rollout, has ids of another tokenizer (from `vocab` on), or is longer
     than `max_tokens`, prompt and completion.
@@ -143,7 +162,8 @@ def load_rollouts(path: Path, completion: type, vocab: int, max_tokens: int) -> 
     for number, line in read_jsonl(path):
         try:
             row = Row(line["prompt"], line["ids"], line["reward"], line["answer"])
-            completions = [completion(**(fields | {"version": 0})) for fields in line["completions"]]
+            row = replace(row, where=line.get("where") or f"{path} line {number}")
+            completions = [completion(**(fields | {"version": version})) for fields in line["completions"]]
             ids = [[*row.ids, *c.ids] for c in completions]
             longest, largest = max(map(len, ids)), max(map(max, ids))
         except (KeyError, TypeError, ValueError) as error:

@@ -11,17 +11,20 @@ import shutil
 from argparse import ArgumentError
 from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+TIMEOUT = timedelta(minutes=60)  # of a collective: ranks wait for the one that generates longest
 CHUNK_LOGITS = 2**25  # logits that exist at one time: 128 MiB in float32, 261 tokens of Llama 3's vocabulary
 
 
@@ -35,7 +38,7 @@ def start() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     elif not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if dist.get_rank():
@@ -69,14 +72,15 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def load_tokenizer(model: str, length: int):
-    """The tokenizer of a directory or hub name.
+def load_tokenizer(model: str, length: int, trust=False):
+    """The tokenizer of a directory or hub name; trust: whether code that comes with it may run.
 
     Raises ArgumentError if there is none, it has no chat template, or the model's context is under `length`.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        context = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", length)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+        context = getattr(config, "max_position_embeddings", length)
     except (OSError, ValueError) as error:
         raise ArgumentError(None, f"--model {model}: no model there ({_first_line(error)})") from error
     if not tokenizer.chat_template:
@@ -220,10 +224,15 @@ class Policy(nn.Module):
         if keep:
             partial = directory.with_name(directory.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            self.lm.save_pretrained(partial, state_dict=state)
-            self.lm.config.dtype = dtype  # it has noted the master weights' float32
-            self.lm.config.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            try:
+                self.lm.save_pretrained(partial, state_dict=state)
+                self.lm.config.dtype = dtype  # it has noted the master weights' float32
+                self.lm.config.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+            except (OSError, SafetensorError) as error:
+                raise SystemExit(f"stopped: {directory} cannot be written ({_first_line(error)})") from error
+            if directory.exists():  # of a run that goes on with more steps
+                shutil.rmtree(directory)
             partial.rename(directory)
         dist.barrier()
 
@@ -235,15 +244,17 @@ def load_policy(
     temperature: float,
     trainable=True,
     activation_checkpointing=False,
+    trust=False,
 ) -> Policy:
     """Loads and shards a model; a reference is loaded the same way with trainable=False.
 
     vocab: ids below it may be sampled (the tokenizer's length; a model's matrix is often padded beyond it).
+    trust: whether code that comes with the model may run.
     Trainable: float32 master weights, computing in bfloat16 on a GPU. Not trainable: weights in the computing
     dtype. Raises ArgumentError for a model that cannot be loaded or whose layers cannot be found.
     """
     try:
-        lm = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        lm = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ArgumentError(None, f"--model {model}: cannot be loaded ({_first_line(error)})") from error
     if lm.get_output_embeddings().bias is not None:

