@@ -161,8 +161,11 @@ def find(args: Namespace) -> Checkpoint | None:
     args.out = run
     say = lambda text: dist.get_rank() or print(text, file=sys.stderr, flush=True)  # noqa: E731
     if (run / "args.json").exists():
-        facts = json.loads((run / "args.json").read_text())
-        changed = changed_flags(args, facts)
+        try:
+            facts = json.loads((run / "args.json").read_text())
+        except ValueError as error:
+            raise ArgumentError(None, f"{run}/args.json: damaged ({error})") from error
+        changed_flags(args, facts)
         if (run / "model").exists() and args.steps <= facts["args"]["steps"]:
             say(f"{run} has done its {facts['args']['steps']} steps")
             raise SystemExit(0)
@@ -178,6 +181,7 @@ def find(args: Namespace) -> Checkpoint | None:
             return None
         raise ArgumentError(None, f"--resume {args.resume}: nothing to go on from ({fault})")
     state = json.loads((directory / "state.json").read_text())
+    changed = changed_flags(args, state["facts"])
     other = [f", --{name.replace('_', '-')} {new} (was {old})" for name, (old, new) in changed.items()]
     say(f"going on from {directory}{''.join(other)}")
     if args.steps < state["step"]:

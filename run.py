@@ -198,7 +198,8 @@ class Interrupt:
             self.asked, name = True, signal.Signals(number).name
             deaf_until = time.monotonic() + (3 if "TORCHELASTIC_RUN_ID" in os.environ else 0)
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"\n{name}: saving after this step; once more to stop at once", file=sys.stderr)
+                text = f"\n{name}: saving after this step; once more to stop at once"
+                print(text, file=sys.stderr, flush=True)
 
 
 def check_writable(path: Path):
@@ -412,7 +413,9 @@ def fail(message: str):
 
 
 def launch(main: Callable):
-    """Runs main() and turns a user's mistake, wherever it is found, into one line and exit code 2."""
+    """Runs main() and turns a user's mistake, wherever it is found, into one line and exit code 2. A rank
+    that has lost another one says so in a line and ends at once.
+    """
     try:
         main()
     except ArgumentError as error:
@@ -420,3 +423,10 @@ def launch(main: Callable):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        print(
+            f"rank {os.environ.get('RANK', 0)} ends too: another rank has left", file=sys.stderr, flush=True
+        )
+        os._exit(1)  # closing what is shared with that rank would wait for it

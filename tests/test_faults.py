@@ -1,0 +1,373 @@
+"""Machines die, disks fill up, ranks get lost, gradients overflow: what is left, and that it can go on."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from argparse import ArgumentError, Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_resume import assert_same, metrics
+
+import checkpoint as checkpoints
+
+SHORT = "--prompts-per-step 5 --samples-per-prompt 4 --sync-steps 4 --generate-ahead 3 --sampler hf".split()
+SHORT += ["--eval-every", "0", "--log-samples", "-1"]
+
+
+def start(*flags, program=ROOT / "train_dpo.py", ranks=0):
+    """A run in a session of its own; its console is in `.console` once `finish` has seen the end."""
+    command = [sys.executable, program]
+    if ranks:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *torchrun, program]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*map(str, [*command, *SHORT, *flags])], **pipes, start_new_session=True)
+
+
+def finish(process, seconds=100):
+    """(exit code, console without progress bars)"""
+    try:
+        console = process.communicate(timeout=seconds)[1]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    lines = re.split(r"[\r\n]+", console)
+    return process.returncode, "\n".join(line for line in lines if not re.search("it/s|s/it", line))
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1][-2000:]
+        time.sleep(0.02)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- the disk of a killed process, and of a broken one
+
+
+@pytest.fixture
+def save(policy, tmp_path):
+    """Saves a policy whose parameters are all `value`, with Adam's moments and a window of two rollouts."""
+    optimizer = torch.optim.AdamW(policy.parameters())
+    run = SimpleNamespace(directory=tmp_path, facts={"args": {"beta": 1, "steps": 9}}, sizes=lambda: {})
+
+    def save(step, keep=2):
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.fill_(step)
+                p.grad = torch.ones_like(p)
+        optimizer.step()
+        checkpoints.save(run, checkpoints.Progress(step, step), 0, policy, optimizer, [], keep)
+
+    return save
+
+
+def resume(where, **flags):
+    args = Namespace(resume=str(where), out=None, steps=9, beta=1)
+    if where == "auto":
+        args.out = flags.pop("out")
+    return checkpoints.find(Namespace(**(vars(args) | flags)))
+
+
+def shards(directory):
+    found = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+class Killed(BaseException):
+    """Nothing catches it and no buffer is left unwritten: the disk is as after SIGKILL."""
+
+
+STAGES = [
+    (checkpoints, "_write"), (checkpoints, "_size_and_crc"), (checkpoints, "_sync"),
+    (checkpoints.dcp, "save"), (shutil, "rmtree"), (Path, "rename"), (Path, "mkdir"),
+]  # fmt: skip
+
+
+class Reaper:
+    """Kills at the n-th of the calls that it watches, before or after it has done its work."""
+
+    def __init__(self, at: int, when: str):
+        self.at, self.when, self.calls, self.inside = at, when, 0, False
+
+    def watch(self, real):
+        def call(*args, **kwargs):
+            if self.inside:  # torch's saving is one stage
+                return real(*args, **kwargs)
+            self.calls += 1
+            if self.calls == self.at and self.when == "before":
+                raise Killed
+            self.inside = True
+            try:
+                result = real(*args, **kwargs)
+            finally:
+                self.inside = False
+            if self.calls == self.at:
+                raise Killed
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_at_every_stage_of_saving(save, tmp_path, when):
+    """A checkpoint is found whole or not at all, and the one before stays until then."""
+    whole = [step for step in (1, 2) if not save(step)]
+    killed = True
+    for step in range(3, 99):
+        if not killed:  # the last save ran through
+            break
+        reaper = Reaper(step - 2, when)
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in STAGES:
+                patch.setattr(owner, name, reaper.watch(getattr(owner, name)))
+            try:
+                save(step)
+                killed = False
+            except Killed:
+                pass
+        found = resume("auto", out=tmp_path, steps=99)
+        if not killed or found.state["step"] == step:  # killed after the renaming, it is there
+            whole.append(step)
+        assert found.state["step"] == whole[-1]
+        assert checkpoints._fault(found.directory) is None
+        for name, tensor in shards(found.directory).items():
+            if name.startswith("policy."):
+                assert (tensor - found.state["step"]).abs().max() < 0.1, name
+    assert step - 4 >= 12, "there are more stages than that to be killed at"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        f"step-{step:06d}" for step in whole[-2:]
+    ]
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "state.json", "shard-00001-model-00001-of-00001.safetensors"]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(save, tmp_path, capsys, name, damage):
+    save(1)
+    save(2)
+    newest = tmp_path / "checkpoints" / "step-000002"
+    damage(newest / name)
+    assert resume("auto", out=tmp_path).state["step"] == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"{newest}: ") and f"going on from {newest.with_name('step-000001')}" in said
+    assert name.split(".")[0] in said or damage is flip  # a bit of the manifest may be another file's entry
+    with pytest.raises(ArgumentError, match="nothing to go on from"):
+        resume(newest)
+    assert resume(tmp_path).state["step"] == 1
+
+
+def test_old_checkpoints_go_and_a_run_that_goes_back_puts_later_ones_aside(save, policy, tmp_path):
+    for step in (1, 2, 3, 4):
+        save(step, keep=3)
+    folder = tmp_path / "checkpoints"
+    assert [d.name for d in sorted(folder.iterdir())] == ["step-000002", "step-000003", "step-000004"]
+    optimizer = torch.optim.AdamW(policy.parameters())
+    found = resume(folder / "step-000002")
+    now = checkpoints.load(found, policy, optimizer, torch.float32, None)
+    assert now.step == 2 and now.window is None
+    for p in policy.parameters():
+        assert (p.to_local() - 2).abs().max() < 0.1 and optimizer.state[p]["exp_avg"].to_local().min() > 0.05
+        assert optimizer.state[p]["step"] == 2
+    names = ["step-000002", "step-000003.aside", "step-000004.aside"]
+    assert [d.name for d in sorted(folder.iterdir())] == names
+    assert resume("auto", out=tmp_path).state["step"] == 2
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "metrics.jsonl"])
+def test_a_full_disk_stops_the_run_with_a_line(tmp_path, what):
+    """No file may grow beyond a limit that is set in mid-run: what a full disk does, without one."""
+    run = tmp_path / "run"
+    flags = ["--steps", 9, "--out", run, "--save-every", 3, "--prompts-per-step", 40]
+    process = start(*flags)
+    wait_for((run / "checkpoints" / "step-000003").exists, process)
+    size = 10**6 if what == "checkpoint" else (run / "metrics.jsonl").stat().st_size + 100
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    code, console = finish(process)
+    assert code == 1 and "Traceback" not in console
+    [said] = [line for line in console.splitlines() if "cannot be written" in line]
+    assert said.startswith("stopped: ") and what in said and "file too large" in said.lower()
+    assert [d.name for d in (run / "checkpoints").iterdir()] == ["step-000003"]
+    assert [m["step"] for m in lines(run / "metrics.jsonl")] == list(range(len(lines(run / "metrics.jsonl"))))
+    assert finish(start(*flags, "--resume", "auto"))[0] == 0
+    assert len(lines(run / "metrics.jsonl")) == 9 and (run / "model" / "model.safetensors").exists()
+
+
+# ---- signals
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of 12 steps that nothing happens to."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert finish(start("--steps", 12, "--out", run))[0] == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)]
+)
+def test_a_signal_saves_and_stops(number, ranks, straight, tmp_path):
+    """Ctrl-C reaches all processes of the terminal, a preemption perhaps torchrun alone."""
+    run = tmp_path / "run"
+    flags = ["--steps", 12, "--out", run]
+    process = start(*flags, "--save-every", 0, ranks=ranks)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size, process)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    code, console = finish(process, 40)
+    assert code == (1 if ranks else 75)  # torchrun has a code of its own
+    assert f"{number.name}: saving after this step" in console
+    assert f"saved; go on with --resume auto --out {run}" in console
+    steps = len(lines(run / "metrics.jsonl"))
+    assert [d.name for d in (run / "checkpoints").iterdir()] == [f"step-{steps:06d}"] and steps < 12
+    if not ranks:
+        assert finish(start(*flags, "--resume", "auto"))[0] == 0
+        assert_same(straight, run)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    run = tmp_path / "run"
+    process = start("--steps", 3, "--prompts-per-step", 4000, "--out", run)  # a step of half a minute
+    wait_for((run / "args.json").exists, process)
+    time.sleep(2)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    code, console = finish(process, 20)
+    assert code == 128 + signal.SIGTERM and time.monotonic() - began < 5
+    assert "once more to stop at once" in console and not (run / "checkpoints").exists()
+
+
+# ---- ranks
+
+FAULTS = {
+    "raises": "raise ValueError('a bug on rank 1')",
+    "leaves": "raise sampler.SyncError('the sampler of rank 1 is stale')",
+    "is killed": "os.kill(os.getpid(), 9)",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_lost_rank_ends_the_others(tmp_path, fault):
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rewards, run, sampler, train_dpo\n"
+        "real, calls = rewards.Scorer.score, []\n"
+        "def score(self, groups):\n    calls.append(1)\n"
+        f"    if os.environ['RANK'] == '1' and len(calls) == 3:\n        {FAULTS[fault]}\n"
+        "    real(self, groups)\n"
+        "rewards.Scorer.score = score\nrun.launch(train_dpo.main)\n"
+    )
+    process = start("--steps", 2000, "--out", tmp_path / "run", program=program, ranks=2)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), process)
+    began = time.monotonic()
+    code, console = finish(process)
+    assert code == 1 and time.monotonic() - began < 20
+    assert "rank 0 ends too: another rank has left" in console
+    said = {"raises": "ValueError: a bug on rank 1", "leaves": "the sampler of rank 1 is stale"}.get(
+        fault, ""
+    )
+    assert said in console and console.count("[rank0]") == 0  # no traceback of the rank that is well
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+def test_a_rank_without_prompts_takes_part(torchrun, tmp_path):
+    """One prompt a step for two ranks: the update is that of one rank."""
+    flags = [*SHORT, "--steps", 3, "--prompts-per-step", 1, "--samples-per-prompt", 16]
+    for ranks in (1, 2):
+        torchrun(ranks, "train_dpo.py", *flags, "--out", tmp_path / str(ranks))
+    one, two = (load_file(tmp_path / r / "model/model.safetensors") for r in ("1", "2"))
+    assert sum(m["pairs"] for m in metrics(tmp_path / "1")) > 0
+    for name in one:
+        assert (one[name] - two[name]).norm() / one[name].norm() < 1e-5, name
+
+
+def test_two_agents_are_like_one_with_two_ranks(torchrun, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def agents(*flags):
+        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+        command += [*rendezvous, "127.0.0.1", str(ROOT / "train_dpo.py"), *map(str, flags)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # torchrun's own choice for several ranks
+        both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) for _ in "12"]
+        for process in both:
+            console = process.communicate(timeout=100)[1]
+            assert process.returncode == 0, console[-2000:]
+
+    flags = [*SHORT, "--steps", 6, "--save-every", 3]
+    torchrun(2, "train_dpo.py", *flags, "--out", tmp_path / "one")
+    agents(*flags, "--out", tmp_path / "two")
+    assert_same(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "model")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000006")
+    agents(*flags, "--out", tmp_path / "two", "--resume", "auto")
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+# ---- numbers that are not finite
+
+
+@pytest.mark.parametrize(("script", "loss"), [("train_dpo", "dpo_loss"), ("train_grpo", "kl_to_reference")])
+def test_updates_that_are_not_finite_are_skipped(tmp_path, script, loss):
+    """Steps 1, 3 and 4 overflow: 1 is passed over, at the second in a row the run saves and stops."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport run, {script} as script\n"
+        f"real, steps = script.{loss}, iter([0, 1, 0, 1, 1, 0])\n"
+        f"script.{loss} = lambda *args: real(*args) * (float('inf') if next(steps) else 1)\n"
+        "run.launch(script.main)\n"
+    )
+    run = tmp_path / "run"
+    flags = ["--steps", 7, "--max-skipped", 2, "--save-every", 1, "--keep", 9, "--micro-batch-tokens", 99999]
+    code, console = finish(start(*flags, "--out", run, program=program))
+    assert code == 1 and "Traceback" not in console
+    [said] = [line for line in console.splitlines() if line.startswith("stopped: ")]
+    train = ROOT / "toy" / "train.jsonl"
+    names = re.findall(rf"{os.path.relpath(train, os.getcwd())} line (\d+)", said)
+    assert "loss or gradient was not finite 2 times in a row" in said and len(names) == 5
+    prompts = [lines(train)[int(n) - 1]["prompt"] for n in names]
+    assert prompts == [s["prompt"] for s in lines(run / "samples.jsonl") if s["step"] == 4][::4]
+    got = lines(run / "metrics.jsonl")
+    assert [m["skipped"] for m in got] == [0, 1, 1, 2, 3]
+    assert [m["loss"] is None or m["grad_norm"] is None for m in got] == [False, True, False, True, True]
+    saved = [shards(run / "checkpoints" / f"step-00000{step}") for step in (1, 2, 3, 4, 5)]
+    parts = [[k for k in a if not k.startswith("window")] for a in saved]
+    pairs = zip(saved, saved[1:], parts, strict=False)
+    same = [all(torch.equal(a[k], b[k]) for k in keys) for a, b, keys in pairs]
+    assert same == [True, False, True, True]
+    assert finish(start(*flags, "--out", run, "--resume", "auto", program=ROOT / f"{script}.py"))[0] == 0
+    assert [m["skipped"] for m in lines(run / "metrics.jsonl")] == [0, 1, 1, 2, 3, 3, 3]

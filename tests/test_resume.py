@@ -1,0 +1,81 @@
+"""A run that was cut off goes on bit for bit: metrics (times aside), samples, final weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TOY
+from resume_matrix import CUTS, STEPS
+from safetensors.torch import load_file
+
+TIMES = ("time/", "tokens_per_second/", "memory/")
+
+
+def metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+
+
+def weights(run):
+    return load_file(run / "model" / "model.safetensors")
+
+
+def assert_same(run, other):
+    assert metrics(run) == metrics(other)
+    for file in ("samples.jsonl", "model/model.safetensors"):
+        assert (run / file).read_bytes() == (other / file).read_bytes(), file
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def matrix(request, torchrun, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(f"matrix{request.param}")
+    valid = (TOY.parent / "valid.jsonl").read_text().splitlines(keepends=True)
+    (directory / "valid.jsonl").write_text("".join(valid[:20]))
+    torchrun(request.param, "tests/resume_matrix.py", directory)
+    return directory
+
+
+@pytest.mark.parametrize("script", ["train_dpo", "train_grpo"])
+@pytest.mark.parametrize(("s", "cut"), [(s, cut) for s, cuts in CUTS.items() for cut in cuts])
+def test_going_on_is_as_if_nothing_had_happened(matrix, script, s, cut):
+    straight, again = matrix / f"{script}-{s}", matrix / f"{script}-{s}-{cut}"
+    assert [m["step"] for m in metrics(straight) if "loss" in m] == list(range(STEPS))
+    assert_same(straight, again)
+    assert json.loads((again / "args.json").read_text())["resumed"] == [{"at": cut, "changed": {}}]
+    toy = load_file(TOY / "model.safetensors")
+    assert all(not torch.equal(toy[name], tensor) for name, tensor in weights(straight).items())
+
+
+def test_with_vllm_and_two_ranks(torchrun, tmp_path):
+    """Inside a window of which more is to be generated, with weights that only the checkpoint has."""
+    valid = (TOY.parent / "valid.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "valid.jsonl").write_text("".join(valid[:20]))
+    flags = "--steps 9 --sync-steps 5 --generate-ahead 2 --prompts-per-step 5 --samples-per-prompt 4"
+    flags = [*flags.split(), *"--eval-every 4 --save-every 1 --keep 9 --log-samples -1 --eval-data".split()]
+    flags += [tmp_path / "valid.jsonl"]
+    torchrun(2, "train_dpo.py", *flags, "--out", tmp_path / "straight")
+    shutil.copytree(tmp_path / "straight", tmp_path / "again", ignore=shutil.ignore_patterns("model"))
+    for later in (8, 9):
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / f"step-00000{later}")
+    torchrun(2, "train_dpo.py", *flags, "--out", tmp_path / "again", "--resume", "auto")
+    assert_same(tmp_path / "straight", tmp_path / "again")
+    assert [m["sync/age"] for m in metrics(tmp_path / "again") if "loss" in m] == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+
+
+def test_two_ranks_go_on_as_one(torchrun, tmp_path):
+    """Shards are put together anew, and the unread part of the window is dealt out anew."""
+    flags = "--steps 6 --sync-steps inf --generate-ahead 6 --prompts-per-step 5 --samples-per-prompt 4"
+    flags = [*flags.split(), *"--eval-every 0 --save-every 2 --keep 3 --log-samples -1 --sampler hf".split()]
+    torchrun(2, "train_dpo.py", *flags, "--out", tmp_path / "two")
+    shutil.copytree(tmp_path / "two", tmp_path / "one", ignore=shutil.ignore_patterns("model"))
+    resume = ["--out", tmp_path / "one", "--resume", tmp_path / "one" / "checkpoints" / "step-000002"]
+    torchrun(1, "train_dpo.py", *flags, *resume)
+    assert (tmp_path / "one/samples.jsonl").read_bytes() == (tmp_path / "two/samples.jsonl").read_bytes()
+    one, two = (torch.cat([t.flatten() for t in weights(tmp_path / r).values()]) for r in ("one", "two"))
+    assert (one - two).norm() / two.norm() < 1e-5
+    toy = torch.cat([t.flatten() for t in load_file(TOY / "model.safetensors").values()])
+    assert (toy - two).norm() / two.norm() > 1e-3
+    assert [d.name for d in sorted((tmp_path / "one/checkpoints").iterdir())] == [
+        "step-000002", "step-000004", "step-000004.aside", "step-000006", "step-000006.aside",
+    ]  # fmt: skip
