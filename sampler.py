@@ -145,6 +145,7 @@ class VLLMSampler:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = 0
         self._forget()
+        self.llm.apply_model(_pack_tied_head)
         [complaint] = self.llm.apply_model(lambda model: _complaint(model, spots))
         if complaint:
             raise SyncError(f"after the reload at step {version} vLLM does not hold the policy's {complaint}")
@@ -192,6 +193,15 @@ def _ban_ids_from(vocab: int):
             return logits
 
     return BanPaddedIds
+
+
+def _pack_tied_head(model):
+    """On a CPU vLLM multiplies with a packed copy of the output matrix. A reload packs what was sent, which a
+    matrix that is tied to the embedding is not.
+    """
+    head = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _note_spots(weights, spots: dict):

@@ -37,12 +37,14 @@ def policy(device, tokenizer):
 @pytest.fixture(scope="session")
 def padded_model(tmp_path_factory, tokenizer):
     """The toy with 16 rows more in its matrices than the tokenizer has ids (a padded vocabulary), and
-    such likely ones that they would be sampled all the time."""
+    such likely ones that they would be sampled all the time. Its context holds more than one block of
+    vLLM's prefix cache, which has 128 tokens on a CPU."""
     directory = tmp_path_factory.mktemp("padded")
     model = AutoModelForCausalLM.from_pretrained(TOY)
     model.resize_token_embeddings(len(tokenizer) + 16, mean_resizing=False)
     with torch.no_grad():
         model.lm_head.weight[len(tokenizer) :] = model.lm_head.weight[4:14].mean(0) * 2
+    model.config.max_position_embeddings = 256
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
@@ -52,7 +54,7 @@ def padded_model(tmp_path_factory, tokenizer):
 def vllm(device, tokenizer, padded_model):
     """One engine for all tests, on the padded model; a test that reloads it brings the weights back."""
     pytest.importorskip("vllm")
-    return samplers.load_sampler("vllm", padded_model, tokenizer, device, torch.float32, 64, 0.3, True)
+    return samplers.load_sampler("vllm", padded_model, tokenizer, device, torch.float32, 192, 0.3, True)
 
 
 @pytest.fixture(scope="session")

@@ -43,8 +43,8 @@ def command(args, out: Path) -> list[str]:
         python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
     flags = f"{ROOT / args.script} --steps {args.steps} --sync-steps {args.sync_steps} --generate-ahead 6"
     flags += f" --out {out} --save-every {args.save_every} --sampler {args.sampler} --log-samples -1"
-    flags += f" --eval-every 40 --prompts-per-step 8 --samples-per-prompt 4 --save-rollouts {out}.jsonl --resume auto"
-    return [*python, *flags.split()]
+    flags += f" --eval-every 40 --prompts-per-step 8 --samples-per-prompt 4 --save-rollouts {out}.jsonl"
+    return [*python, *flags.split(), "--resume", "auto"]
 
 
 def torn(path: Path) -> int:

@@ -1,10 +1,12 @@
 """The real vLLM: what it samples, that it takes the policy's weights, and that a failed reload is caught."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 from conftest import TOY
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import policy as policies
 import sampler as samplers
@@ -114,16 +116,28 @@ def test_weights_that_are_brought_back_must_answer_as_before(sampler, moved, pro
     samplers.same_test(sampler, before, prompts, 6, 1.0)
 
 
-def test_keys_and_values_of_old_weights_are_forgotten(vllm, fresh, prompts):
-    """A prompt longer than a block of the prefix cache, asked before and after the weights change."""
-    before, long = fresh.snapshot(F32), [(prompts[0] * 8)[:50]]
-    vllm.generate(long, 1, 4, 1.0, 0)
+@pytest.mark.parametrize("kept", [False, True])
+def test_keys_and_values_of_old_weights_are_forgotten(vllm, fresh, monkeypatch, kept):
+    """A prompt longer than a block of the prefix cache, asked before and after the weights change. A cache
+    that only pretends to be reset is caught."""
+    before, long = fresh.snapshot(F32), [[5 + i % 30 for i in range(150)]]
+    if kept:
+        monkeypatch.setattr(vllm.llm, "reset_prefix_cache", lambda: True)
+    samplers.self_test(vllm, fresh.logps, long, 4, 1.0)
     with torch.no_grad():
         for p in fresh.parameters():
             p.mul_(1.1)
     vllm.reload(fresh.full_weights(F32), 1)
-    samplers.self_test(vllm, fresh.logps, long, 4, 1.0)
+    with pytest.raises(samplers.SyncError) if kept else contextlib.nullcontext():
+        samplers.self_test(vllm, fresh.logps, long, 4, 1.0)
+    monkeypatch.undo()
     vllm.reload(fresh.full_weights(F32, before), 0)
+
+
+def test_a_cache_that_vllm_does_not_reset_stops_the_run(vllm, prompts, monkeypatch):
+    monkeypatch.setattr(vllm.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(samplers.SyncError, match="could not reset its prefix cache"):
+        vllm.generate(prompts, 1, 2, 1.0, 0)
 
 
 NAMES = ["model.layers.1.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight"]
@@ -148,14 +162,26 @@ def swap(a, b):
 
 
 def stale(name):
-    """The name is sent, but with the tensor from before the step: only the log-probs can tell."""
+    """The name is sent, but with the tensor from before the step: only the log-probs can tell. No name: all
+    are the previous version's."""
 
     def reload(weights, sampler):
         old = policies.load_policy(stale.model, torch.device("cpu"), 64, 1.0)
         old = dict(old.full_weights(F32))
-        sampler.reload(((n, old[n] if n == name else t) for n, t in weights), 1)
+        sampler.reload(((n, old[n] if name in ("", n) else t) for n, t in weights), 1)
 
     return reload
+
+
+def transpose(name):
+    return lambda weights, sampler: sampler.reload(
+        ((n, t.T.contiguous() if n == name else t) for n, t in weights), 1
+    )
+
+
+def rounded(weights, sampler):
+    """Sent in the wrong dtype: what arrives has lost its last 16 bits."""
+    sampler.reload(((n, t.bfloat16().float()) for n, t in weights), 1)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +194,9 @@ def stale(name):
         (swap(*NAMES), "token"),
         (swap(*(f"model.layers.0.self_attn.{x}_proj.weight" for x in "qk")), "token"),
         (stale(NAMES[0]), "token"),
+        (stale(""), "token"),
+        (transpose("model.layers.1.self_attn.o_proj.weight"), "token"),
+        (rounded, "token"),
     ],
 )
 def test_a_reload_that_fails_is_caught_at_once(sampler, moved, prompts, padded_model, fault, said):
@@ -175,6 +204,35 @@ def test_a_reload_that_fails_is_caught_at_once(sampler, moved, prompts, padded_m
     with pytest.raises(samplers.SyncError, match=said):
         fault(moved.full_weights(F32), sampler)
         samplers.self_test(sampler, moved.logps, prompts, 6, 1.0)
+
+
+ENGINES = []  # vLLM takes torch's process group down when an engine goes, so they stay
+
+
+@pytest.mark.parametrize("kind", ["vllm", "hf"])
+def test_a_tied_matrix_that_is_forgotten_is_caught(kind, device, tokenizer, tmp_path, prompts):
+    """One matrix is embedding and output layer, and is sent once."""
+    if kind == "vllm":
+        pytest.importorskip("vllm")
+    config = AutoConfig.from_pretrained(TOY, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = policies.load_policy(str(tmp_path), device, len(tokenizer), 1.0)
+    tied = samplers.load_sampler(kind, str(tmp_path), tokenizer, device, F32, 64, 0.3, True)
+    ENGINES.append(tied)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(1.01)
+    tied.reload(policy.full_weights(F32), 1)
+    samplers.self_test(tied, policy.logps, prompts, 6, 1.0)
+    with torch.no_grad():
+        policy.lm.get_input_embeddings().weight.mul_(1.05)
+    name = "model.embed_tokens.weight"
+    assert name in dict(policy.full_weights(F32)) and "lm_head.weight" not in dict(policy.full_weights(F32))
+    with pytest.raises(samplers.SyncError, match=name):
+        skip(name)(policy.full_weights(F32), tied)
+        samplers.self_test(tied, policy.logps, prompts, 6, 1.0)
 
 
 class Tensors(torch.nn.Module):
