@@ -37,7 +37,7 @@ TOY = Path(os.path.relpath(Path(__file__).parent)) / "toy"
 SAMPLES = 50  # of a verifiable problem, as in the paper; 1 of a chat
 # flags that change nothing in the answers: the same evaluation may go on with others
 FREE = {"out", "name", "pass_k", "gpu_memory", "reward_timeout", "reward_offload", "judge_timeout"}
-FREE |= {"judge_concurrency"}
+FREE |= {"judge_concurrency", "trust_remote_code"}
 
 
 def get_args(argv=None) -> argparse.Namespace:
@@ -51,6 +51,7 @@ def get_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--model", default=str(TOY / "model"), help="run directory, model directory or hub name")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--data", nargs="+", default=[str(TOY / "valid.jsonl")], help=".jsonl, .parquet or hub names")
     add("--out", type=Path, help="where the answers and results go (default: runs/eval-<model's name>)")
     add("--name", help="what the answer files call the model (default: its directory or hub name)")
@@ -244,7 +245,7 @@ def main(argv=None):
 
     # 2 problems, in chunks: (source, [(number in it, row)], answers to each)
     length = args.max_prompt_tokens + args.max_new_tokens
-    tokenizer = policies.load_tokenizer(model, length)
+    tokenizer = policies.load_tokenizer(model, length, args.trust_remote_code)
     check = lambda row: None if row.get("reward") is None else rewards.complaint(row)  # noqa: E731
     sources, dropped = data.load_prompts(args.data, tokenizer, check, args.max_prompt_tokens, rank == 0)
     if args.reward_model:  # rows without a reward are then scored by it
@@ -263,7 +264,7 @@ def main(argv=None):
     # 3 reward model, scorer, sampler
     scorer = rewards.Scorer({row.reward for rows in sources for row in rows} - {None}, args, device, dtype)
     engine = (tokenizer, device, dtype, length, args.gpu_memory, False)
-    sampler = samplers.load_sampler(args.sampler, model, *engine)
+    sampler = samplers.load_sampler(args.sampler, model, *engine, args.trust_remote_code)
 
     # 4 what an interrupted evaluation has left
     if rank == 0:

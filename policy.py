@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -32,13 +33,20 @@ def start() -> tuple[int, int, torch.device]:
     """Joins the process group that torchrun describes (or a group of one); returns (rank, world size,
     device).
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        gpus = f"this machine has {torch.cuda.device_count()} GPU(s), one for each rank"
+        raise ArgumentError(None, f"rank {local} of this machine: {gpus}; lower torchrun's --nproc-per-node")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except ValueError as error:
+            reason = f"{_first_line(error)}; start several ranks with torchrun"
+            raise ArgumentError(None, f"RANK is {os.environ['RANK']!r}: {reason}") from error
     elif not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if dist.get_rank():
@@ -78,10 +86,13 @@ def load_tokenizer(model: str, length: int, trust=False):
     Raises ArgumentError if there is none, it has no chat template, or the model's context is under `length`.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
         context = getattr(config, "max_position_embeddings", length)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            way = "it brings code of its own, which runs only with --trust-remote-code"
+            raise ArgumentError(None, f"--model {model}: {way}") from error
         raise ArgumentError(None, f"--model {model}: no model there ({_first_line(error)})") from error
     if not tokenizer.chat_template:
         raise ArgumentError(
@@ -255,7 +266,7 @@ def load_policy(
     """
     try:
         lm = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnpicklingError, SafetensorError) as error:
         raise ArgumentError(None, f"--model {model}: cannot be loaded ({_first_line(error)})") from error
     if lm.get_output_embeddings().bias is not None:
         raise ArgumentError(None, f"--model {model}: its output layer has a bias, which is not supported")

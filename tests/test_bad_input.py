@@ -1,13 +1,18 @@
 """A user's mistake: one line that names the value and what to do, exit code 2, nothing written."""
 
 import json
+import os
 import subprocess
 import sys
+import zlib
+from argparse import ArgumentError
 
 import pytest
+import torch
 from conftest import ROOT, TOY
 
 import evaluate
+import policy as policies
 import run as runs
 import train_dpo
 import train_grpo
@@ -51,12 +56,37 @@ FILES = {
     "rm.jsonl": lines(without("answer", reward="rm")),
     "judge.jsonl": lines(without("answer", reward="judge")),
     "taken/metrics.jsonl": "",
+    "damaged/args.json": "{",
+    "remote/evil.py": "open('{tmp}/executed', 'w')\n",
+    "remote/config.json": json.dumps(
+        {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    ),
     "exported/model/config.json": "{}",
     "other/args.json": "{}",
     "file": "",
 }
 
 CASES = [
+    ("--resume auto", "--resume auto: goes with --out"),
+    ("--resume {tmp}/nowhere", "--resume {tmp}/nowhere: no such directory"),
+    ("--resume {tmp}/taken", "--resume {tmp}/taken: nothing to go on from (no checkpoint in it)"),
+    ("--resume {tmp}/damaged", "{tmp}/damaged/args.json: damaged"),
+    ("--resume {tmp}/old --beta 7", "would be another run with --beta 7.0 (was 3.0)"),
+    ("--resume {tmp}/old --sync-steps inf --seed 4", "run with --sync-steps inf (was 1), --seed 4 (was 0)"),
+    ("--resume {tmp}/old --steps 2", "--steps 2: {tmp}/old/checkpoints/step-000004 is 4 steps on already"),
+    ("--resume {tmp}/old --out {tmp}/other", "--out {tmp}/other: a resumed run goes on where it is"),
+    ("--resume {tmp}/old --data {tmp}/good.jsonl", "step-000004: --data or --eval-data held other rows"),
+    ("--resume {tmp}/old/checkpoints/step-000005", "--resume {tmp}/old/checkpoints/step-000005: no such"),
+    ("--resume {tmp}/short", "{tmp}/short/metrics.jsonl: shorter than when the checkpoint was written"),
+    ("--resume {tmp}/torn", "nothing to go on from (state.json has"),
+    ("--resume {tmp}/rotten/checkpoints/step-000004", "nothing to go on from (state.json is damaged"),
+    ("--out {tmp}/old", "--out {tmp}/old: already holds a run (args.json); go on with --resume auto"),
+    ("--save-every -1", "--save-every: -1 is not"),
+    ("--keep 0", "--keep: 0 is not"),
+    ("--max-skipped 0", "--max-skipped: 0 is not"),
+    ("--model {tmp}/remote", "{tmp}/remote: it brings code of its own, which runs only with --trust-remote"),
+    ("--model {tmp}/pickled --sampler hf", "--model {tmp}/pickled: cannot be loaded"),
+    ("--model {tmp}/cut --sampler hf", "--model {tmp}/cut: cannot be loaded"),
     ("--model {tmp}/nowhere", "--model {tmp}/nowhere"),
     ("--model {tmp}/template", "no chat template"),
     ("--data {tmp}/missing.jsonl", "{tmp}/missing.jsonl: no such file"),
@@ -160,12 +190,43 @@ ALL = [
 ]
 
 
+def make_runs(directory):
+    """Runs with one checkpoint, of which the first can be gone on from."""
+    argv = ["--model", str(TOY), "--data", str(TOY.parent / "train.jsonl")]
+    args = vars(train_dpo.get_args([*argv, "--eval-data", str(TOY.parent / "valid.jsonl")]))
+    facts = {"args": json.loads(json.dumps(args, default=str)), "ranks": 1}
+    for name, size in (("old", 0), ("short", 99), ("torn", 0), ("rotten", 0)):
+        checkpoint = directory / name / "checkpoints" / "step-000004"
+        checkpoint.mkdir(parents=True)
+        (directory / name / "args.json").write_text(json.dumps(facts))
+        state = {"step": 4, "logs": {"metrics": size}, "facts": facts, "fingerprint": 1}
+        manifest = {}
+        for file, content in (("state.json", json.dumps(state)), ("window.jsonl", "")):
+            (checkpoint / file).write_text(content)
+            manifest[file] = [len(content), zlib.crc32(content.encode())]
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    state = (directory / "torn/checkpoints/step-000004/state.json", "rb+")
+    os.truncate(state[0], 50)
+    rotten = directory / "rotten/checkpoints/step-000004/state.json"
+    rotten.write_text(rotten.read_text().replace("4", "5"))
+
+
 @pytest.fixture(scope="module")
 def tmp(tmp_path_factory, tokenizer):
     directory = tmp_path_factory.mktemp("bad")
     for name, content in FILES.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        content = content.replace("{tmp}", str(directory)) if isinstance(content, str) else content
         (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for name in ("pickled", "cut"):
+        (directory / name).mkdir()
+        for file in TOY.iterdir():
+            if file.suffix != ".safetensors":
+                (directory / name / file.name).write_bytes(file.read_bytes())
+    evil = f"c__builtin__\nopen\n(V{directory}/executed\nVw\ntR."  # unpickling it would make a file
+    (directory / "pickled" / "pytorch_model.bin").write_bytes(evil.encode())
+    (directory / "cut" / "model.safetensors").write_bytes((TOY / "model.safetensors").read_bytes()[:9999])
+    make_runs(directory)
     (directory / "template").mkdir()
     for file in TOY.iterdir():
         if "template" not in file.name:
@@ -190,9 +251,35 @@ def test_bad_input(script, flags, said, tmp, device, capsys, monkeypatch):
         runs.launch(lambda: script.main(argv))
     error = capsys.readouterr().err.strip()
     error = error[error.rfind("\r") + 1 :]  # after the progress bars
+    if "--resume" in flags:  # what it goes on from, or why not, has a line before
+        error = error.splitlines()[-1]
     assert stopped.value.code == 2
     assert said.format(tmp=tmp) in error and error.count("\n") == 0 and ": error: " in error
     assert sorted(tmp.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "0"}, "RANK is '0': "),
+        ({"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK is '0': "),
+    ],
+)
+def test_ranks_without_torchrun(tmp, environment, said):
+    command = [sys.executable, str(ROOT / "train_grpo.py"), "--sampler", "hf"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp, env=os.environ | environment, check=False
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"train_grpo.py: error: {said}") and "torchrun" in done.stderr
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ArgumentError, match=r"rank 4 .* has 4 GPU.*--nproc-per-node"):
+        policies.start()
 
 
 def test_as_a_command_it_is_one_line_and_exit_code_2(tmp):
