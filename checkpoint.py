@@ -152,8 +152,8 @@ def find(args: Namespace) -> Checkpoint | None:
     if args.resume == "auto" and not args.out:
         raise ArgumentError(None, "--resume auto: goes with --out DIRECTORY, whose run is to go on")
     asked = Path(args.out if args.resume == "auto" else args.resume)
-    exact = asked.parent.name == "checkpoints"
-    run = asked.parent.parent if exact else asked
+    exact = asked.absolute().parent.name == "checkpoints"
+    run = Path(os.path.relpath(asked.absolute().parent.parent)) if exact else asked
     if args.out and args.out.resolve() != run.resolve():
         raise ArgumentError(None, f"--out {args.out}: a resumed run goes on where it is, in {run}")
     if args.resume != "auto" and not asked.is_dir():

@@ -3,6 +3,7 @@
 Only rank 0 writes.
 """
 
+import fcntl
 import importlib.util
 import json
 import math
@@ -41,7 +42,7 @@ class Run:
         ArgumentError where it cannot be used.
         """
         self.args, self.writes, self.last, self.checkpoint = args, writes, {}, checkpoint
-        self.wandb = self.tensorboard = None  # opened by `begin`
+        self.wandb = self.tensorboard = self.descriptor = None  # opened by `begin`
         self.directory = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         if not writes:
             return
@@ -58,6 +59,8 @@ class Run:
             raise ArgumentError(
                 None, f"--save-rollouts {args.save_rollouts}: exists already; name another file"
             )
+        if again:
+            self.lock()
         self.kept = checkpoint.state["logs"] if checkpoint else {}  # bytes of each log up to the checkpoint
         for name, size in self.kept.items():
             if size and (not self.logs[name].exists() or self.logs[name].stat().st_size < size):
@@ -72,6 +75,18 @@ class Run:
         for path in filter(None, (self.directory, args.save_rollouts)):
             check_writable(path)
 
+    def lock(self):
+        """Raises ArgumentError if another process writes this run: one that was thought dead, perhaps."""
+        self.descriptor = os.open(self.directory, os.O_RDONLY)  # open, and so locked, until the process ends
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArgumentError(None, f"--out {self.directory}: another process is writing there") from error
+        except OSError as error:
+            self.say(
+                f"{self.directory} cannot be locked ({error.strerror.lower()}): start nothing else in it"
+            )
+
     def begin(self, world: int):
         """Makes the directory and writes args.json: flags, versions, commit. A resumed run's logs are cut to
         what they were at the checkpoint, and args.json lists from where and with which changes it went on.
@@ -79,6 +94,8 @@ class Run:
         if not self.writes:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.descriptor:
+            self.lock()
         args = {k: "inf" if v == math.inf else v for k, v in vars(self.args).items()}
         self.facts = {"args": args, "ranks": world, **provenance(), "id": secrets.token_hex(4)}
         if self.checkpoint:

@@ -196,8 +196,8 @@ def main(argv=None):
 
     # 2 data: what is wrong with it comes out here, before anything long starts
     length = args.max_prompt_tokens + args.max_new_tokens
-    trust = {"trust": args.trust_remote_code}
-    tokenizer = policies.load_tokenizer(args.model, length, **trust)
+    trust = args.trust_remote_code
+    tokenizer = policies.load_tokenizer(args.model, length, trust)
     checks = (tokenizer, rewards.complaint, args.max_prompt_tokens, rank == 0)
     fits = (samplers.Completion, len(tokenizer), length)
     if args.rollouts:
@@ -217,13 +217,15 @@ def main(argv=None):
 
     # 3 policy and reference
     where = (args.model, device, len(tokenizer), args.temperature)
-    policy = policies.load_policy(*where, activation_checkpointing=args.activation_checkpointing, **trust)
+    policy = policies.load_policy(*where, activation_checkpointing=args.activation_checkpointing, trust=trust)
     online = s == 1 and args.sync_ref  # then the reference is the policy of the step itself, and never runs
-    reference = None if online or not args.beta else policies.load_policy(*where, trainable=False, **trust)
+    reference = (
+        None if online or not args.beta else policies.load_policy(*where, trainable=False, trust=trust)
+    )
 
     # 4 sampler
     engine = (tokenizer, device, dtype, length, args.gpu_memory, args.sleep)
-    sampler = samplers.load_sampler(args.sampler, args.model, *engine, **trust)
+    sampler = samplers.load_sampler(args.sampler, args.model, *engine, trust)
 
     def sample(rows, n, *key):
         """(row, n completions) for each row; key, rank and --seed make the seed: no two calls draw alike."""
@@ -248,9 +250,16 @@ def main(argv=None):
             run.say(f"    reward {c.reward}   {row.prompt!r} -> {c.text!r}"[:160])
         return name, score
 
-    # 5 optimizer
+    # 5 optimizer, and what an earlier run has got to
     adam = {"betas": (0.9, 0.95), "eps": args.adam_eps, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, **adam)
+    now = checkpoints.Progress()
+    if checkpoint:
+        now = checkpoints.load(checkpoint, policy, optimizer, dtype, samplers.Completion)
+        parts = [unread[i : i + batch_size] for i in range(0, len(unread), batch_size)]
+        now.queue.extend(groups[rank::world] for groups in parts)
+        if reference and args.sync_ref and now.window:
+            reference.restore(now.window)
 
     # 6 the loop
     run.begin(world)
@@ -260,14 +269,7 @@ def main(argv=None):
     )
     run.say(f"{prompts.epoch_size} prompts, {dropped} more dropped for length; writing {run.directory}")
     test = ([row.ids for row in valid[:8]], args.max_new_tokens, args.temperature)
-    now = checkpoints.Progress()
-    if checkpoint:
-        now = checkpoints.load(checkpoint, policy, optimizer, dtype, samplers.Completion)
-        parts = [unread[i : i + batch_size] for i in range(0, len(unread), batch_size)]
-        now.queue.extend(groups[rank::world] for groups in parts)
-        if reference and args.sync_ref and now.window:
-            reference.restore(now.window)
-    elif args.eval_every:
+    if args.eval_every and not checkpoint:
         now.first = now.last = validate(0)
     if checkpoint or args.rollouts:
         sampler.sleep(1)  # the policy trains first

@@ -7,11 +7,9 @@ files whole, was a damaged checkpoint found, how many steps are to be done again
 
 import argparse
 import json
-import os
 import random
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +17,8 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,7 +75,8 @@ def main():
     out, count, redone, resumed = folder / "killed", Counter(), [], []
     while count["kills"] < args.kills:
         console = folder / "console"
-        with open(console, "wb") as log:
+        console.unlink(missing_ok=True)
+        with open(console, "ab") as log:
             process = subprocess.Popen(command(args, out), stdout=log, stderr=log, start_new_session=True)
         before, began = step_lines(out), time.monotonic()
         # a third of the kills may hit the start, the others come once steps are being done
@@ -88,7 +89,8 @@ def main():
             time.sleep(moments.uniform(0, 1.5))
         if process.poll() is not None:
             break
-        os.killpg(process.pid, signal.SIGKILL)
+        for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+            victim.kill()
         process.wait()
         count["kills"] += 1
         time.sleep(0.2)
