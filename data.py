@@ -352,14 +352,24 @@ def last_boxed(text: str) -> str:
 
 def prepare(name: str, source: str, revision: str | None, out: Path, splits: dict, seed: int) -> dict:
     """Writes one .jsonl a split and manifest.json into `out`; returns the manifest."""
+    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ArgumentError(None, f"--out {out}: {folder} is no directory to write in")
+    revision = revision or _revision(source)
     raw, where = _read(source, revision)
     rows, dropped, seen = [], Counter(), set()
     for number, line in tqdm(raw, desc=name):
+        if not isinstance(line, dict):
+            raise ArgumentError(None, f"{source}, {where} {number}: not an object with columns")
         missing = [column for column in COLUMNS[name] if column not in line]
         if missing:
             has = ", ".join(line)
             raise ArgumentError(None, f"{source}, {where} {number}: no column {missing[0]!r} (it has: {has})")
-        row = globals()[name](line)
+        try:
+            row = globals()[name](line)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            shown = json.dumps(line, default=str)[:100]
+            raise ArgumentError(None, f"{source}, {where} {number}: not as expected: {shown}") from error
         if isinstance(row, dict):
             key = " ".join(row["prompt"].lower().split())
             row = "duplicate" if key in seen else row
@@ -373,7 +383,7 @@ def prepare(name: str, source: str, revision: str | None, out: Path, splits: dic
         dropped["Math-Verify does not find the answer in the solution"] += bad
     random.Random(seed).shuffle(rows)
     manifest = {
-        "name": name, "source": source, "revision": revision or _revision(source), "seed": seed,
+        "name": name, "source": source, "revision": revision, "seed": seed,
         "read": len(raw), "dropped": dict(dropped), "left": len(rows), "files": {},
     }  # fmt: skip
     files = {}
@@ -386,10 +396,13 @@ def prepare(name: str, source: str, revision: str | None, out: Path, splits: dic
         files[f"{split}.jsonl"] = "".join(json.dumps(row) + "\n" for row in part).encode()
         facts = {"rows": len(part), "sha256": hashlib.sha256(files[f"{split}.jsonl"]).hexdigest()}
         manifest["files"][f"{split}.jsonl"] = facts
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        _write(out / name, content)
-    _write(out / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            _write(out / name, content)
+        _write(out / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    except OSError as error:
+        raise ArgumentError(None, f"--out {out}: cannot be written ({error.strerror.lower()})") from error
     return manifest
 
 
@@ -410,12 +423,15 @@ def _parsable(rows: list[dict]) -> tuple[list[dict], int]:
 
 
 def _revision(source: str) -> str | None:
-    """The commit of a dataset on the hub; None for a file."""
-    if Path(source).exists():
+    """The newest commit of a dataset on the hub; None for a file, and where the hub cannot be asked."""
+    if Path(source).suffix in (".jsonl", ".json", ".parquet"):
         return None
     from huggingface_hub import HfApi
 
-    return HfApi().dataset_info(source.split(":")[0]).sha
+    try:
+        return HfApi().dataset_info(source.split(":")[0]).sha
+    except Exception:  # offline: `_read` says so, or finds it in the cache
+        return None
 
 
 def _write(path: Path, content: bytes):

@@ -13,7 +13,6 @@ evaluation and ends with the answers that it would have had.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import statistics
 import time
 import uuid
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -88,7 +87,7 @@ def get_args(argv=None) -> argparse.Namespace:
 
 
 def find_model(model: str) -> str:
-    """The directory with the weights, of a run directory or a checkpoint in it; a hub name as it is."""
+    """The directory with the weights, also of a run's directory; a hub name as it is."""
     path = Path(model)
     if not path.exists():
         return model
@@ -141,7 +140,7 @@ def summary(answers: list[dict], ks: list[int], verifiable=True) -> dict:
     return found | {
         "length": statistics.fmean(answer["tokens"] for answer in answers),
         "truncated": statistics.fmean(answer["finish"] == "length" for answer in answers),
-        "failed": sum(answer["reward"] is None and answer["kind"] is not None for answer in answers),
+        "failed": sum(map(is_failed, answers)),
     }
 
 
@@ -162,12 +161,11 @@ def table(results: list[dict]) -> str:
 
 def settings(args, model: str, sources: list) -> dict:
     """All that decides what the answers will be: flags, prompts, weights."""
-    rows = json.dumps([[asdict(row) for row in rows] for rows in sources]).encode()
     weights = [
         (f.name, f.stat().st_size, f.stat().st_mtime) for f in sorted(Path(model).glob("*.safetensors"))
     ]
     flags = {name: value for name, value in vars(args).items() if name not in FREE}
-    found = {**flags, "model": model, "rows": hashlib.sha256(rows).hexdigest(), "weights": weights}
+    found = {**flags, "model": model, "rows": data.fingerprint(sources), "weights": weights}
     return json.loads(json.dumps(found))
 
 
@@ -189,8 +187,15 @@ def check_settings(out: Path, wanted: dict):
             )
 
 
-def read_answers(out: Path, sizes: list[int]) -> dict[int, list[dict]]:
-    """The answers of each chunk that is there whole; a line that an interruption cut off does not count."""
+def is_failed(answer: dict) -> bool:
+    return answer["kind"] is not None and answer["reward"] is None
+
+
+def read_answers(out: Path, sizes: list[int], failed=True) -> dict[int, list[dict]]:
+    """The answers of each chunk that is there whole; a line that an interruption cut off does not count.
+
+    failed: whether chunks count in which an answer could not be scored.
+    """
     chunks = defaultdict(dict)  # by problem and sample: a kill can leave a chunk in two files
     for file in [out / "completions.jsonl", *out.glob("completions.rank*.jsonl")]:
         for line in file.read_bytes().splitlines() if file.exists() else []:
@@ -199,7 +204,10 @@ def read_answers(out: Path, sizes: list[int]) -> dict[int, list[dict]]:
                 chunks[answer["chunk"]][answer["problem"], answer["sample"]] = answer
             except (ValueError, KeyError, TypeError):
                 continue
-    whole = {c: answers for c, answers in sorted(chunks.items()) if len(answers) == sizes[c]}
+    whole = {
+        c: answers for c, answers in sorted(chunks.items())
+        if len(answers) == sizes[c] and (failed or not any(map(is_failed, answers.values())))
+    }  # fmt: skip
     return {c: [answers[key] for key in sorted(answers)] for c, answers in whole.items()}
 
 
@@ -216,12 +224,14 @@ def write_chats(out: Path, name: str, chats: list[tuple]):
     alpaca, arena = [], []
     for row, text in chats:
         messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-        alpaca.append({"instruction": messages[-1]["content"], "output": text, "generator": name})
-        if row.uid:
+        if not row.uid:  # that tool takes the mean length over all that the file holds
+            alpaca.append({"instruction": messages[-1]["content"], "output": text, "generator": name})
+        else:
             answer = {"role": "assistant", "content": {"answer": text}}
             ids = {"uid": row.uid, "ans_id": uuid.uuid4().hex, "model": name}
             arena.append({**ids, "messages": [*messages, answer], "tstamp": time.time()})
-    runs.write_whole(out / "alpaca_eval.json", json.dumps(alpaca, indent=1) + "\n")
+    if alpaca:
+        runs.write_whole(out / "alpaca_eval.json", json.dumps(alpaca, indent=1) + "\n")
     if arena:
         (out / "arena_hard").mkdir(exist_ok=True)
         lines = "".join(json.dumps(answer) + "\n" for answer in arena)
@@ -248,8 +258,9 @@ def main(argv=None):
     tokenizer = policies.load_tokenizer(model, length, args.trust_remote_code)
     check = lambda row: None if row.get("reward") is None else rewards.complaint(row)  # noqa: E731
     sources, dropped = data.load_prompts(args.data, tokenizer, check, args.max_prompt_tokens, rank == 0)
-    if args.reward_model:  # rows without a reward are then scored by it
-        sources = [[replace(row, reward=row.reward or "rm") for row in rows] for rows in sources]
+    kind = "rm" if args.reward_model else "judge" if args.judge_url else None
+    if kind:  # rows without a reward are then scored by it
+        sources = [[replace(row, reward=row.reward or kind) for row in rows] for rows in sources]
     wanted = settings(args, model, sources)
     check_settings(out, wanted)
     chunks = []
@@ -271,7 +282,7 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         facts = {"settings": wanted, "ranks": world, **runs.provenance()}
         runs.write_whole(out / "args.json", json.dumps(facts, indent=1, default=str) + "\n")
-        write_answers(out, read_answers(out, sizes))
+        write_answers(out, read_answers(out, sizes, failed=False))  # a judge that was down is asked again
     done = policies.gather([set(read_answers(out, sizes)) if rank == 0 else None])[0]
     todo = [c for c in range(len(chunks)) if c not in done]
     if rank == 0 and done:

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 MEMORY = 2 * 2**30  # bytes of address space of a worker
+REPLIES = 20_000  # of a judge that are kept
 BATCH = 32  # answers sent to a worker at a time
 
 
@@ -140,6 +141,8 @@ class Scorer:
             raise argparse.ArgumentError(None, f"--reward-model {args.reward_model}: no row has reward rm")
         if "judge" in kinds and not (args.judge_url and args.judge_model):
             raise argparse.ArgumentError(None, "rows with reward judge need --judge-url and --judge-model")
+        if args.judge_url and "judge" not in kinds:
+            raise argparse.ArgumentError(None, f"--judge-url {args.judge_url}: no row has reward judge")
         verifiers = kinds & VERIFIERS.keys()
         self.judge = Judge(args) if "judge" in kinds else None
         self.model = None
@@ -255,6 +258,7 @@ class RewardModel:
     """
 
     def __init__(self, name: str, device, dtype, offload=False, max_tokens=4096, batch_tokens=2**14):
+        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
         fail = lambda reason: argparse.ArgumentError(None, f"--reward-model {name}: {reason}")  # noqa: E731
@@ -267,7 +271,7 @@ class RewardModel:
             kind = _athene_class() if self.athene else AutoModelForSequenceClassification
             load = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
             model, info = kind.from_pretrained(name, **load)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             raise fail(f"cannot be loaded ({reason})") from error
         if info["missing_keys"]:  # transformers would go on with a random head
@@ -388,7 +392,9 @@ class Judge:
     Pointwise: the mean of --judge-votes scores. Pairwise: the mean of an answer's scores over all ordered
     pairs of its group, as in the original code; an answer that stands alone, as in a validation, is judged
     pointwise. What cannot be reached after 3 tries, or not be understood, does not count; an answer of which
-    nothing counts has no verdict. Replies are kept by content, so that equal questions are asked once.
+    nothing counts has no verdict. Replies are kept by content, so that equal questions are asked once. After
+    2 x --judge-concurrency questions in a row without a reply the rest of a step's are not asked: each of
+    them would wait for three time-outs.
     """
 
     def __init__(self, args):
@@ -396,16 +402,22 @@ class Judge:
             import openai
         except ImportError as error:
             raise argparse.ArgumentError(None, "--judge-url: needs `pip install openai`") from error
-        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
+        key = os.environ.get("JUDGE_API_KEY") or "none"
         if not re.match(r"https?://\w", args.judge_url):
             example = "an address such as http://127.0.0.1:8000/v1"
             raise argparse.ArgumentError(None, f"--judge-url {args.judge_url}: not {example}")
-        self.client = openai.OpenAI(
-            base_url=args.judge_url, api_key=key, timeout=args.judge_timeout, max_retries=2
-        )
+        try:
+            self.client = openai.OpenAI(
+                base_url=args.judge_url, api_key=key, timeout=args.judge_timeout, max_retries=2
+            )
+        except Exception as error:  # httpx has its own
+            raise argparse.ArgumentError(None, f"--judge-url {args.judge_url}: {error}") from error
+        self.client.organization = self.client.project = None  # of OpenAI's account, from its environment
         self.name, self.pairwise, self.votes = args.judge_model, args.judge_pairwise, args.judge_votes
         self.threads = ThreadPoolExecutor(args.judge_concurrency)
         self.replies: dict[tuple[bytes, int], str] = {}
+        self.misses = 0  # questions in a row without a reply
+        self.patience = 2 * args.judge_concurrency  # so many of them, and a step's other ones are not asked
         self.fault = None  # the kind of the last failure, without its text: that may quote the key
         if self.ask((POINTWISE.format(prompt="1+1=", a="2"), 0)) is None:
             reason = f"{args.judge_model} does not answer ({self.fault})"
@@ -416,23 +428,33 @@ class Judge:
         text, vote = question
         key = (hashlib.sha256(text.encode()).digest(), vote)
         if key not in self.replies:
+            if self.misses >= self.patience:
+                return None
             try:
                 reply = self.client.chat.completions.create(
                     model=self.name, messages=[{"role": "user", "content": text}], seed=vote,
                     temperature=0.0 if self.votes == 1 else 1.0, max_tokens=2048,
                 )  # fmt: skip
+                if len(self.replies) >= REPLIES:
+                    self.replies.clear()
                 self.replies[key] = reply.choices[0].message.content or ""
+                self.misses = 0
+                return self.replies[key]
             except Exception as error:  # the network's, the server's, a reply in no known form
                 self.fault = f"{type(error).__name__} {getattr(error, 'status_code', '')}".strip()
+                self.misses += 1
                 return None
         return self.replies[key]
 
     def score(self, groups: list) -> list[float | None]:
         """The reward of every completion of (row, completions) groups."""
+        self.misses = 0
         questions = []  # (text, [(which completion, tag of its score)])
         start = 0
         for row, completions in groups:
-            prompt = "\n\n".join(m["content"] for m in _messages(row))
+            messages = _messages(row)
+            role = (lambda m: f"{m['role']}: ") if len(messages) > 1 else (lambda m: "")
+            prompt = "\n\n".join(role(m) + m["content"] for m in messages)
             texts = [c.text for c in completions]
             if self.pairwise and len(texts) > 1:
                 for i, j in itertools.permutations(range(len(texts)), 2):

@@ -153,7 +153,7 @@ class Run:
         code, reason = stop
         if self.writes:
             way = f"saved; go on with --resume auto --out {self.directory}"
-            print(f"stopped: {reason}\n{way}", file=sys.stderr, flush=True)
+            complain(f"stopped: {reason}\n{way}")
         sys.exit(code)
 
     def say(self, text: str):
@@ -215,8 +215,7 @@ class Interrupt:
             self.asked, name = True, signal.Signals(number).name
             deaf_until = time.monotonic() + (3 if "TORCHELASTIC_RUN_ID" in os.environ else 0)
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                text = f"\n{name}: saving after this step; once more to stop at once"
-                print(text, file=sys.stderr, flush=True)
+                complain(f"{name}: saving after this step; once more to stop at once")
 
 
 def check_writable(path: Path):
@@ -329,6 +328,8 @@ def group_sums(step: int, groups: list) -> Counter:
                 "age": sum(step - c.version for c in completions),
                 f"reward/{row.reward}": sum(scored),
                 f"scored/{row.reward}": len(scored),
+                f"completions/{row.reward}": len(completions),
+                f"length/{row.reward}": sum(len(c.ids) for c in completions),
             }
         )
     return sums
@@ -352,8 +353,8 @@ def group_metrics(sums: Counter) -> dict[str, float]:
 
 
 def validation_metrics(sums: Counter) -> dict[str, float]:
-    """eval/accuracy over rows with a verifier, eval/reward over the others; the reward also over tokens, by
-    which the paper selects chat checkpoints (section 3.1).
+    """eval/accuracy over rows with a verifier, eval/reward over the others; the reward also over the mean
+    length of these answers, by which the paper selects chat checkpoints (section 3.1).
     """
     metrics, length = {}, sums["length"] / max(1, sums["completions"])
     kinds = {key.removeprefix("scored/") for key in sums if key.startswith("scored/") and sums[key]}
@@ -362,7 +363,10 @@ def validation_metrics(sums: Counter) -> dict[str, float]:
             total = sum(sums[f"reward/{kind}"] for kind in part)
             metrics[name] = total / sum(sums[f"scored/{kind}"] for kind in part)
     if "eval/reward" in metrics:
-        metrics["eval/reward_per_token"] = metrics["eval/reward"] / max(1.0, length)
+        chats = kinds & OPEN_ENDED
+        tokens = sum(sums[f"length/{kind}"] for kind in chats)
+        answers = sum(sums[f"completions/{kind}"] for kind in chats)
+        metrics["eval/reward_per_token"] = metrics["eval/reward"] / max(1.0, tokens / answers)
     return metrics | {"eval/length": length, "eval/prompts": sums["scored"]}
 
 
@@ -377,10 +381,12 @@ def reason_to_stop(args: Namespace, sums: Counter, skipped: int, rows: list) -> 
 
     sums: of all ranks; skipped: updates in a row that were not finite; rows: of this step, of all ranks.
     """
-    failed = sums["completions"] - sums["scored"]
-    if failed > args.max_failed * sums["completions"]:
-        answers = f"{failed} of {sums['completions']} answers of the last step have no reward"
-        return 1, f"{answers}, more than --max-failed {args.max_failed:g}"
+    for kind in sorted(name.removeprefix("scored/") for name in sums if name.startswith("scored/")):
+        asked = sums[f"completions/{kind}"]
+        failed = asked - sums[f"scored/{kind}"]
+        if failed > args.max_failed * asked:
+            answers = f"{failed} of {asked} answers of the last step have no reward `{kind}`"
+            return 1, f"{answers}, more than --max-failed {args.max_failed:g}"
     if skipped >= args.max_skipped:
         names = ", ".join(dict.fromkeys(row.where for row in rows))
         return 1, f"loss or gradient was not finite {skipped} times in a row; rows of the last step: {names}"
@@ -422,6 +428,11 @@ def number(kind: type, zero=False, inf=False) -> Callable:
     return parse
 
 
+def complain(text: str):
+    """Writes to stderr, below the progress bar, whose line is open."""
+    print(f"\n{text}", file=sys.stderr, flush=True)
+
+
 def fail(message: str):
     """A user's mistake: one line (from one rank), exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -438,12 +449,15 @@ def launch(main: Callable):
     except ArgumentError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         sys.exit(130)
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        complain(error.code)
+        sys.exit(1)
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
-        print(
-            f"rank {os.environ.get('RANK', 0)} ends too: another rank has left", file=sys.stderr, flush=True
-        )
+        complain(f"rank {os.environ.get('RANK', 0)} ends too: another rank has left")
         os._exit(1)  # closing what is shared with that rank would wait for it

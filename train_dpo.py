@@ -152,7 +152,8 @@ def pick_pairs(rewards: list, rng: random.Random, every: bool) -> list[tuple[int
 def lay_out(units: list, device) -> tuple:
     """The rows of a forward: the first answer of each unit, then the second, ...; so plain pairs are all
     chosen, then all rejected. Returns (prompt ids, completion) of each row, the rows of each pair's chosen
-    and rejected answer, each pair's weight (1 / the pairs of its prompt) and each row's advantage.
+    and rejected answer, each pair's weight (1 / the pairs of its prompt), each row's advantage and the share
+    of its group that it is.
     """
     order = sorted((k, u) for u, (_, answers, _) in enumerate(units) for k in range(len(answers)))
     row = {answer: i for i, answer in enumerate(order)}
@@ -161,7 +162,9 @@ def lay_out(units: list, device) -> tuple:
     rewards = [[c.reward for c in answers] for _, answers, _ in units]
     scale = [(statistics.fmean(r), statistics.stdev(r) + 1e-6) for r in rewards]
     adv_B = torch.tensor([(rewards[u][k] - scale[u][0]) / scale[u][1] for k, u in order], device=device)
-    return [(units[u][0], units[u][1][k]) for k, u in order], chosen_P, rejected_P, 1 / size_P, adv_B
+    share_B = torch.tensor([1 / len(units[u][1]) for _, u in order], device=device)
+    rows = [(units[u][0], units[u][1][k]) for k, u in order]
+    return rows, chosen_P, rejected_P, 1 / size_P, adv_B, share_B
 
 
 def dpo_loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, beta: float):
@@ -344,7 +347,8 @@ def main(argv=None):
         widths = [len(prompt) + max(len(c.ids) for c in answers) for prompt, answers, _ in units]
         rows = [len(answers) for _, answers, _ in units]
         for micro_batch in policies.micro_batches(widths, rows, args.micro_batch_tokens):
-            answers, chosen_P, rejected_P, weight_P, adv_B = lay_out([units[i] for i in micro_batch], device)
+            laid_out = lay_out([units[i] for i in micro_batch], device)
+            answers, chosen_P, rejected_P, weight_P, adv_B, share_B = laid_out
             n, inputs = len(answers), policies.collate([(prompt, c.ids) for prompt, c in answers], device)
             logps_BT, entropy_BT, mask_BT = policy(*inputs)
             with torch.no_grad():  # the reference is the policy itself until the first update after it moved
@@ -353,8 +357,8 @@ def main(argv=None):
             loss_P, implicit_B = pair_losses(*part, chosen_P, rejected_P, chosen_tokens, args)
             loss = (loss_P * weight_P).sum()
             if args.grpo_weight:
-                grpo_B = grpo_loss(logps_BT, ref_BT.detach(), mask_BT, adv_B)
-                loss = loss + args.grpo_weight * grpo_B.sum() / args.samples_per_prompt
+                grpo_B = grpo_loss(logps_BT[:n], ref_BT[:n].detach(), mask_BT[:n], adv_B)
+                loss = loss + args.grpo_weight * (grpo_B * share_B).sum()
             # a mean over all prompts of the step, pairless ones too (the original code's); x world, because
             # FSDP averages gradients over ranks
             (loss / batch_size * world).backward()

@@ -136,6 +136,12 @@ CASES = [
     ),
     ("--data {tmp}/rm.jsonl --reward-model {tmp}/labels", "{tmp}/labels: it has 2 labels"),
     ("--data {tmp}/rm.jsonl --reward-model {tmp}/nowhere", "{tmp}/nowhere: cannot be loaded"),
+    ("--judge-url http://127.0.0.1:9/v1 --judge-model m", "http://127.0.0.1:9/v1: no row has reward judge"),
+    (
+        "--data {tmp}/judge.jsonl --judge-model m --judge-url http://a:port/v1",
+        "--judge-url http://a:port/v1:",
+    ),
+    ("--data {tmp}/rm.jsonl --reward-model {tmp}/cutrm", "--reward-model {tmp}/cutrm: cannot be loaded"),
     ("--max-failed -1", "--max-failed: -1 is not a number from 0 on"),
     ("--judge-votes 0", "--judge-votes: 0 is not"),
     ("--nll-weight -1", "--nll-weight: -1 is not"),
@@ -226,6 +232,11 @@ def tmp(tmp_path_factory, tokenizer):
     evil = f"c__builtin__\nopen\n(V{directory}/executed\nVw\ntR."  # unpickling it would make a file
     (directory / "pickled" / "pytorch_model.bin").write_bytes(evil.encode())
     (directory / "cut" / "model.safetensors").write_bytes((TOY / "model.safetensors").read_bytes()[:9999])
+    (directory / "cutrm").mkdir()
+    for file in (TOY.parent / "reward_model").iterdir():
+        (directory / "cutrm" / file.name).write_bytes(
+            file.read_bytes()[: 9999 if "safe" in file.name else None]
+        )
     make_runs(directory)
     (directory / "template").mkdir()
     for file in TOY.iterdir():

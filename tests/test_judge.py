@@ -31,7 +31,7 @@ def serving(reply):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             text = body["messages"][0]["content"]
             with lock:
-                seen.setdefault(text, []).append((body, self.headers.get("Authorization")))
+                seen.setdefault(text, []).append((body, self.headers))
             answer = "<score>5</score>" if CHECK in text else reply(text, len(seen[text]))
             status, content = (200, None) if isinstance(answer, str) else answer
             if content is None:
@@ -126,6 +126,39 @@ def test_what_goes_on_failing_is_given_up_after_3_tries():
         assert sorted(map(len, seen.values())) == [1, 3]
 
 
+def test_a_judge_that_does_not_answer_is_not_asked_everything():
+    """32 questions, 2 at a time: after 4 without a reply the others are left; the next step asks again."""
+    down, refused = True, (400, {"error": {"message": "no"}})
+
+    def reply(text, _):
+        return refused if down and "1+1" not in text else "<score>3</score>"
+
+    with serving(reply) as (url, seen):
+        asked = judge(url, concurrency=2)
+        groups = [group(f"q{i}", "a") for i in range(32)]
+        assert asked.score(groups) == [None] * 32
+        assert 4 <= len(seen) - 1 <= 6
+        down = False
+        assert asked.score(groups) == [3] * 32
+
+
+def test_nothing_of_openai_s_account_reaches_another_judge(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "secret-of-openai")
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    with serving(lambda *_: "<score>3</score>") as (url, seen):
+        judge(url)
+    [[(_, headers)]] = seen.values()
+    assert "secret-of-openai" not in str(headers)
+
+
+def test_a_conversation_reaches_the_judge_with_its_roles():
+    messages = [{"role": r, "content": c} for r, c in (("user", "a?"), ("assistant", "b"), ("user", "c?"))]
+    with serving(lambda *_: "<score>3</score>") as (url, seen):
+        judge(url).score([(SimpleNamespace(prompt=messages, reward="judge"), [SimpleNamespace(text="d")])])
+    assert any("user: a?\n\nassistant: b\n\nuser: c?" in text for text in seen)
+
+
 def test_a_connection_that_hangs_is_given_up():
     with serving(lambda text, _: time.sleep(20) or "" if "slow" in text else "<score>3</score>") as (url, _):
         started = time.perf_counter()
@@ -202,7 +235,8 @@ def test_the_key_comes_from_the_environment_and_shows_nowhere(monkeypatch, capfd
     with serving(lambda *_: refuse) as (url, seen):
         asked = judge(url)
         assert asked.score([group("q", "a")]) == [None]
-    assert {key for calls in seen.values() for _, key in calls} == {"Bearer sk-secret"}
+    keys = {headers["Authorization"] for calls in seen.values() for _, headers in calls}
+    assert keys == {"Bearer sk-secret"}
     assert asked.fault == "AuthenticationError 401"
     assert "secret" not in "".join(capfd.readouterr())
 

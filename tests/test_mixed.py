@@ -156,9 +156,9 @@ def test_both_kinds_in_one_run(script, tmp_path):
     validation = [m for m in metrics if "eval/accuracy" in m]
     assert len(validation) == 2 and all(m["eval/prompts"] == 32 for m in validation)
     for m in validation:
-        assert 0 <= m["eval/accuracy"] <= 1 and m["eval/reward_per_token"] == pytest.approx(
-            m["eval/reward"] / m["eval/length"]
-        )
+        assert 0 <= m["eval/accuracy"] <= 1
+        per_token = m["eval/reward"] / m["eval/reward_per_token"]  # the length of the chats' answers alone
+        assert 1 <= per_token <= 8 and per_token != pytest.approx(m["eval/length"], abs=1e-3)
     assert "validation accuracy" in done.stdout.splitlines()[-1]
 
 
@@ -218,8 +218,10 @@ def test_too_many_failures_stop_the_run_with_a_line(tmp_path):
             tmp_path, "train_grpo.py", *judged(tmp_path), "--judge-url", url, "--max-failed", "0.1"
         )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("stopped: ") and last.endswith("more than --max-failed 0.1")
+    said = done.stderr.splitlines()
+    [stopped] = [i for i, line in enumerate(said) if line.startswith("stopped: ")]
+    assert said[stopped].endswith("have no reward `judge`, more than --max-failed 0.1")
+    assert said[stopped + 1] == f"saved; go on with --resume auto --out {tmp_path / 'run'}"
     assert len([m for m in metrics if "loss" in m]) == 1
 
 

@@ -146,11 +146,19 @@ def test_missing_columns_and_too_few_rows_are_named(tmp_path):
         ("wildchat --train -5", "--train -5: wildchat has the splits valid, train, of 1 row or more"),
         ("wildchat --test 5", "--test 5: wildchat has the splits valid, train"),
         ("imagenet", "invalid choice: 'imagenet'"),
+        ("gsm8k --source {tmp}/number.jsonl", "{tmp}/number.jsonl, line 1: not an object"),
+        ("gsm8k --source {tmp}/null.jsonl", "{tmp}/null.jsonl, line 1: not as expected: {{"),
+        (
+            "gsm8k --source {tmp}/null.jsonl --out {tmp}/null.jsonl",
+            "--out {tmp}/null.jsonl: {tmp}/null.jsonl is no",
+        ),
         ("amc23 --out {tmp}/done", "{tmp}/done: holds rows already"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, said, tmp_path):
     (tmp_path / "columns.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "number.jsonl").write_text("5\n")
+    (tmp_path / "null.jsonl").write_text('{"question": "P", "answer": null}\n')
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "manifest.json").write_text("{}")
     command = [sys.executable, ROOT / "data.py", *flags.format(tmp=tmp_path).split()]

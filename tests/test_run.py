@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -42,6 +43,27 @@ def test_a_local_base_model_is_no_hub_name(tmp_path):
     assert "\nbase_model:" not in card
 
 
+def test_a_reward_that_fails_is_seen_beside_one_that_does_not():
+    """16 answers without a judgement, 48 scored sums: a quarter of all, but all of the chats."""
+    c = lambda reward, length=3: SimpleNamespace(reward=reward, ids=[1] * length, finish="stop", version=0)  # noqa: E731
+    chats = [(SimpleNamespace(reward="judge"), [c(None) for _ in range(4)]) for _ in range(4)]
+    sums = [(SimpleNamespace(reward="exact"), [c(1.0) for _ in range(4)]) for _ in range(12)]
+    args = SimpleNamespace(max_failed=0.5, max_skipped=3)
+    total = runs.group_sums(0, chats + sums)
+    assert runs.reason_to_stop(args, runs.group_sums(0, sums), 0, []) is None
+    code, said = runs.reason_to_stop(args, total, 0, [])
+    assert code == 1 and said.startswith("16 of 16 answers of the last step have no reward `judge`")
+
+
+def test_the_reward_per_token_is_over_the_chats_tokens():
+    c = lambda reward, length: SimpleNamespace(reward=reward, ids=[1] * length, finish="stop", version=0)  # noqa: E731
+    groups = [(SimpleNamespace(reward="rm"), [c(5.0, 100)])] * 4
+    groups += [(SimpleNamespace(reward="math"), [c(1.0, 900)])] * 16
+    metrics = runs.validation_metrics(runs.group_sums(0, groups))
+    assert metrics["eval/reward_per_token"] == 0.05 and metrics["eval/length"] == 740
+    assert metrics["eval/accuracy"] == 1 and metrics["eval/reward"] == 5
+
+
 FAKE_WANDB = """
 import json
 class Run:
@@ -49,10 +71,10 @@ class Run:
         print("logged", json.dumps([step, metrics]), file=out)
     def finish(self):
         print("finished", file=out)
-def init(project, name, config, dir):
+def init(project, name, config, dir, id, resume):
     global out
     out = open("wandb.txt", "w", buffering=1)
-    print(project, name, config["sync_steps"], file=out)
+    print(project, name, config["sync_steps"], id, resume, file=out)
     return Run()
 """
 
@@ -73,7 +95,8 @@ def test_wandb_gets_what_the_file_gets(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     first, *logged, last = (tmp_path / "wandb.txt").read_text().splitlines()
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert first == "proj run 1" and last == "finished"
+    number = json.loads((tmp_path / "run" / "args.json").read_text())["id"]  # a resumed run keeps it
+    assert first == f"proj run 1 {number} allow" and last == "finished"
     assert [json.loads(line.removeprefix("logged ")) for line in logged] == [[m["step"], m] for m in metrics]
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert f"| accuracy after | {metrics[-1]['eval/accuracy']:.4g} |" in card and "--wandb proj" in card
