@@ -1,12 +1,14 @@
 """Verdicts, and what happens to answers that hang, explode or break their worker."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from conftest import ROOT
 from verdicts import NARROW, RIGHT, WRONG
 
 import rewards
@@ -107,6 +109,38 @@ def test_a_worker_that_died_while_idle_costs_nobody_a_reward(scorer):
 
 def test_an_unparsable_reference_answer_is_no_verdict(scorer):
     assert scorer([("math", r"\text{}", r"$\boxed{42}$")]) == [None]
+
+
+HOSTILE = [
+    r"\boxed{__import__('os').system('false')}", "\\boxed{12*3}; `eval(12*3)`; 12*3", r"\boxed{x_{print(1)}}",
+    r"\boxed{1\mathrm{.__class__}}", r"\boxed{\operatorname{eval}(7)}", r"$f(x) = exec(7)$", r"\boxed{0x1F}",
+    r"\boxed{\text{open('/etc/passwd')}}", "The final answer is 12*3.", r"$\sum_{i=1}^{3} exit(i)$", "$2**3$",
+    r"\boxed{3.5 \times 10^{2}}",
+]  # fmt: skip
+LISTENS = """
+import json, sys
+import rewards
+from sympy.parsing import parse_expr
+rewards.math_verify("1", "$1$")  # what importing evaluates comes before the hook
+found = []
+sys.addaudithook(lambda event, args: event == "compile" and args[0] and found.append(str(args[0])))
+for text in json.loads(sys.argv[1]):
+    rewards.math_verify("36", text)
+print(json.dumps(found))
+parse_expr("print(1)", evaluate=False)  # this is how it would be seen
+print(json.dumps(found[-3:]))
+"""
+
+
+def test_what_a_model_writes_is_never_evaluated():
+    """sympy evaluates `Integer (36 )` to make a number: of an answer, only its numerals may get there."""
+    command = [sys.executable, "-c", LISTENS, json.dumps(HOSTILE)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    answers, printed, seen = map(json.loads, done.stdout.splitlines())
+    words = re.compile(r"__|system|print|eval|exec|open|exit|\) *\*")
+    assert any("Integer (36 )" in source for source in answers)
+    assert [source for source in answers if words.search(source)] == []
+    assert printed == 1 and "b'print (Integer (1 ))'" in seen
 
 
 def test_a_worker_whose_trainer_is_gone_ends_with_its_answer():
