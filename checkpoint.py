@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import zlib
 from argparse import ArgumentError, Namespace
 from collections import deque
@@ -80,7 +81,7 @@ def save(run, progress: Progress, fingerprint: int, policy, optimizer, queue: li
     queue: the groups of all ranks for each step that is generated ahead. Raises SystemExit on every rank if
     one of them fails; the checkpoints from before are then as they were.
     """
-    rank = dist.get_rank()
+    rank, began = dist.get_rank(), time.perf_counter()
     folder = _everywhere(lambda: run.directory / "checkpoints")[0]
     partial = folder / f"step-{progress.step:06d}.partial"
     fail = lambda e: SystemExit(f"stopped: the checkpoint {partial.stem} cannot be written ({e})")  # noqa: E731
@@ -138,6 +139,7 @@ def save(run, progress: Progress, fingerprint: int, policy, optimizer, queue: li
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
         raise fail(error) from error
+    run.say(f"step {progress.step}: checkpoint in {time.perf_counter() - began:.2f} s")
 
 
 def find(args: Namespace) -> Checkpoint | None:

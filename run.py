@@ -137,14 +137,15 @@ class Run:
         """
         if not self.writes:
             return
-        results = {f"{first[0]} before": first[1], f"{last[0]} after": last[1]}
+        validated = self.args.eval_every > 0
+        results = {f"{first[0]} before": first[1], f"{last[0]} after": last[1]} if validated else {}
         write_whole(self.directory / "model" / "README.md", model_card(self.facts, results, self.last))
         if self.wandb:
             self.wandb.finish()
         if self.tensorboard:
             self.tensorboard.close()
-        change = f"{first[1]:.3f} before, {last[1]:.3f} after {self.args.steps} steps"
-        self.say(f"validation {first[0]} {change}: {self.directory}")
+        change = f"validation {first[0]} {first[1]:.3f} before, {last[1]:.3f} after " if validated else ""
+        self.say(f"{change}{self.args.steps} steps: {self.directory}")
 
     def leave(self, stop: tuple[int, str] | None):
         """Ends the process with the code and reason of a stop, if there is one."""
