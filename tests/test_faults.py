@@ -65,7 +65,8 @@ def lines(path):
 def save(policy, tmp_path):
     """Saves a policy whose parameters are all `value`, with Adam's moments and a window of two rollouts."""
     optimizer = torch.optim.AdamW(policy.parameters())
-    run = SimpleNamespace(directory=tmp_path, facts={"args": {"beta": 1, "steps": 9}}, sizes=lambda: {})
+    facts = {"args": {"beta": 1, "steps": 9}}
+    run = SimpleNamespace(directory=tmp_path, facts=facts, sizes=lambda: {}, say=print)
 
     def save(step, keep=2):
         with torch.no_grad():
