@@ -1,8 +1,8 @@
 """The model being trained: process start, FSDP2 sharding, log-probs in chunks, full weights one by one,
 export.
 
-Shapes: B sequences of L tokens (prompt, completion, padding on the right); T = L - 1 target positions
-(position t holds the token that follows t); N completion tokens of a batch; H hidden size; V vocabulary.
+Shapes: R rows of L tokens (a prompt, one or more answers to it, padding on the right); B answers of at most T
+tokens, in the order of the rows; N tokens of all answers; H hidden size; V vocabulary.
 """
 
 import itertools
@@ -26,6 +26,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TIMEOUT = timedelta(minutes=60)  # of a collective: ranks wait for the one that generates longest
+MASKED = (
+    4  # cost of a pair of tokens under a mask, in those of a causal kernel that leaves pairs out; a guess
+)
 CHUNK_LOGITS = 2**25  # logits that exist at one time: 128 MiB in float32, 261 tokens of Llama 3's vocabulary
 
 
@@ -159,23 +162,49 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.vocab, self.temperature = lm, vocab, temperature
 
-    def forward(self, ids_BL, prompt_B, length_B):
-        """Log-prob of every completion token under softmax(logits / temperature) over the tokenizer's ids.
+    def forward(self, ids_RL, place_RL, answer_RL, source_N, target_N, mask_BT):
+        """Log-prob of every answer token under softmax(logits / temperature) over the tokenizer's ids.
 
-        ids_BL: int64, padded on the right; attention is causal, so no real token ever sees the padding.
-        prompt_B, length_B: int64, tokens of the prompt and of prompt + completion.
-        Returns float32 logps_BT and entropy_BT (nats), 0 outside the mask, and the bool mask_BT, true where
-        the target is a completion token, the end token included.
+        The arguments are `collate`'s. Returns float32 logps_BT and entropy_BT (nats), 0 outside the mask, and
+        the bool mask_BT, true where answer b has a token t, the end token included.
         """
-        hidden_BLH = self.lm.get_decoder()(input_ids=ids_BL, use_cache=False).last_hidden_state
-        position_T = torch.arange(1, ids_BL.shape[1], device=ids_BL.device)
-        mask_BT = (position_T >= prompt_B[:, None]) & (position_T < length_B[:, None])
-        hidden_NH, target_N = hidden_BLH[:, :-1][mask_BT], ids_BL[:, 1:][mask_BT]
+        more = {}  # answers that share a prompt see it and themselves; where none does, causality is enough
+        if answer_RL is not None:
+            causal_LL = torch.ones(2 * ids_RL.shape[1:], dtype=torch.bool, device=ids_RL.device).tril()
+            own_RLL = (answer_RL[:, None, :] == 0) | (answer_RL[:, None, :] == answer_RL[:, :, None])
+            more = {"position_ids": place_RL, "attention_mask": (causal_LL & own_RLL)[:, None]}
+        hidden_RLH = self.lm.get_decoder()(input_ids=ids_RL, use_cache=False, **more).last_hidden_state
+        hidden_NH = hidden_RLH.flatten(0, 1).index_select(0, source_N)
         head_VH = self.lm.get_output_embeddings().weight
         logps_N, entropy_N = TokenLogps.apply(hidden_NH, head_VH, target_N, self.vocab, self.temperature)
-        zeros_BT = torch.zeros(mask_BT.shape, device=ids_BL.device)
+        zeros_BT = torch.zeros(mask_BT.shape, device=ids_RL.device)
         logps_BT, entropy_BT = (zeros_BT.masked_scatter(mask_BT, x_N) for x_N in (logps_N, entropy_N))
         return logps_BT, entropy_BT, mask_BT
+
+    def rows(self, prompt: int, answers: list[int], max_tokens: int) -> list[list[int]]:
+        """Deals the answers to one prompt into rows of a forward, in order; returns the answers' indices.
+
+        prompt, answers: tokens of each. Answers share a row, and so the work on their prompt, where that
+        saves more than the attention costs that the mask then throws away (a token's 24 H^2 flops a layer are
+        those of 6 H pairs): much for short answers, nothing for long ones to a short prompt.
+        """
+        hidden, rows, width = self.lm.config.get_text_config().hidden_size, [], 0
+        for i, answer in enumerate(answers):
+            saved = prompt * (prompt + 2 * answer + 6 * hidden)
+            if rows and self.shares and width + answer <= max_tokens and MASKED * 2 * width * answer < saved:
+                rows[-1].append(i)
+                width += answer
+            else:
+                rows.append([i])
+                width = prompt + answer
+        return rows
+
+    @property
+    def shares(self) -> bool:
+        """Whether answers can share a row: every layer has full attention and takes the mask as it is."""
+        config = self.lm.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None)]
+        return config._attn_implementation == "sdpa" and set(kinds) <= {"full_attention", None}
 
     @torch.no_grad()
     def logps(self, sequences: list[tuple[list[int], list[int]]], max_tokens=2**14) -> list[torch.Tensor]:
@@ -186,7 +215,8 @@ class Policy(nn.Module):
         out = [torch.zeros(0)] * len(sequences)
         widths = [len(prompt) + len(completion) for prompt, completion in sequences]
         for batch in micro_batches(widths, [1] * len(widths), max_tokens):
-            logps_BT, _, mask_BT = self(*collate([sequences[i] for i in batch], self.device))
+            rows = [(prompt, [completion]) for prompt, completion in (sequences[i] for i in batch)]
+            logps_BT, _, mask_BT = self(*collate(rows, self.device))
             for row, i in enumerate(batch):
                 out[i] = logps_BT[row][mask_BT[row]].cpu()
         return out
@@ -330,19 +360,36 @@ def micro_batches(widths: list[int], rows: list[int], max_tokens: int) -> list[l
     return batches + [[] for _ in range(count.item() - len(batches))]
 
 
-def collate(sequences: list[tuple[list[int], list[int]]], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """(prompt ids, completion ids) pairs to (ids_BL, prompt_B, length_B), the inputs of Policy.forward.
+def collate(rows: list[tuple[list[int], list[list[int]]]], device: torch.device) -> tuple:
+    """Rows of (prompt ids, ids of each answer) to the inputs of Policy.forward.
 
-    No sequences: one dummy row of two tokens, so that the rank takes part in the collectives of the pass; the
-    caller gives it no weight.
+    Returns ids_RL, padded on the right; place_RL, each token's position in prompt + own answer; answer_RL,
+    the answer that a token belongs to (0: the prompt, from 1 on: the row's answers, -1: padding), or None
+    where every row has one, since no token sees the padding after it; source_N, the token (of all rows,
+    flattened) whose hidden state predicts target_N; mask_BT, true where an answer has a token.
+
+    No rows: one of a prompt and an answer of a token each, so that the rank takes part in the collectives of
+    the pass; the caller gives it no weight.
     """
-    sequences = sequences or [([0], [0])]
-    lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
-    ids_BL = torch.zeros(len(sequences), max(lengths), dtype=torch.int64)
-    for row, length, (prompt, completion) in zip(ids_BL, lengths, sequences, strict=True):
-        row[:length] = torch.tensor(prompt + completion)
-    prompt_B = torch.tensor([len(prompt) for prompt, _ in sequences])
-    return ids_BL.to(device), prompt_B.to(device), torch.tensor(lengths).to(device)
+    rows = rows or [([0], [[0]])]
+    width = max(len(prompt) + sum(map(len, answers)) for prompt, answers in rows)
+    table, source, target = [], [], []  # table: ids, places and answers of each row
+    for r, (prompt, answers) in enumerate(rows):
+        ids, places, owners = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        for i, answer in enumerate(answers, 1):
+            before = [len(prompt) - 1, *range(len(ids), len(ids) + len(answer))]  # first the prompt's end
+            source += [r * width + place for place in before[: len(answer)]]
+            target += answer
+            ids += answer
+            places += range(len(prompt), len(prompt) + len(answer))
+            owners += [i] * len(answer)
+        padding = width - len(ids)
+        table.append([ids + [0] * padding, places + [0] * padding, owners + [-1] * padding])
+    ids_RL, place_RL, answer_RL = torch.tensor(table, device=device).unbind(1)
+    source_N, target_N = torch.tensor([source, target], dtype=torch.int64, device=device)
+    length_B = torch.tensor([len(answer) for _, answers in rows for answer in answers], device=device)
+    mask_BT = torch.arange(length_B.max(), device=device) < length_B[:, None]
+    return ids_RL, place_RL, None if len(length_B) == len(rows) else answer_RL, source_N, target_N, mask_BT
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ Departures from the paper:
 - Chosen and rejected are drawn at random, as the text says; the original code takes the first ones.
 - The learning rate is constant after the warm-up; the paper does not state its schedule.
 
-Shapes: P pairs of a micro-batch, B = 2P sequences (all chosen, then all rejected), T target positions.
+Shapes: P pairs of a micro-batch, B answers of at most T tokens (each pair's chosen one, then its rejected).
 """
 
 import argparse
@@ -150,21 +150,21 @@ def pick_pairs(rewards: list, rng: random.Random, every: bool) -> list[tuple[int
 
 
 def lay_out(units: list, device) -> tuple:
-    """The rows of a forward: the first answer of each unit, then the second, ...; so plain pairs are all
-    chosen, then all rejected. Returns (prompt ids, completion) of each row, the rows of each pair's chosen
-    and rejected answer, each pair's weight (1 / the pairs of its prompt), each row's advantage and the share
-    of its group that it is.
+    """Where in a forward over all answers of `units`, one unit after the other, the two of each pair are.
+
+    Returns each pair's chosen and rejected answer, its weight (1 / the pairs of its prompt), each answer's
+    advantage and the share of its group that it is.
     """
-    order = sorted((k, u) for u, (_, answers, _) in enumerate(units) for k in range(len(answers)))
-    row = {answer: i for i, answer in enumerate(order)}
-    pairs = [(row[c, u], row[r, u], len(pairs)) for u, (_, _, pairs) in enumerate(units) for c, r in pairs]
+    pairs, advantages, shares, first = [], [], [], 0
+    for _, answers, places in units:
+        pairs += [(first + chosen, first + rejected, len(places)) for chosen, rejected in places]
+        rewards = [c.reward for c in answers]
+        mean, scale = statistics.fmean(rewards), statistics.stdev(rewards) + 1e-6
+        advantages += [(reward - mean) / scale for reward in rewards]
+        shares += [1 / len(answers)] * len(answers)
+        first += len(answers)
     chosen_P, rejected_P, size_P = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 3).T
-    rewards = [[c.reward for c in answers] for _, answers, _ in units]
-    scale = [(statistics.fmean(r), statistics.stdev(r) + 1e-6) for r in rewards]
-    adv_B = torch.tensor([(rewards[u][k] - scale[u][0]) / scale[u][1] for k, u in order], device=device)
-    share_B = torch.tensor([1 / len(units[u][1]) for _, u in order], device=device)
-    rows = [(units[u][0], units[u][1][k]) for k, u in order]
-    return rows, chosen_P, rejected_P, 1 / size_P, adv_B, share_B
+    return chosen_P, rejected_P, 1 / size_P, *(torch.tensor(x, device=device) for x in (advantages, shares))
 
 
 def dpo_loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, beta: float):
@@ -344,17 +344,20 @@ def main(argv=None):
         tokens = sum(len(answers[c].ids) / len(pairs) for _, answers, pairs in units for c, _ in pairs)
         total = policies.sum_over_ranks(Counter(pairs=len(units), tokens=tokens))
         chosen_tokens = total["tokens"] / max(1, total["pairs"])  # of an average pair, over all ranks
-        widths = [len(prompt) + max(len(c.ids) for c in answers) for prompt, answers, _ in units]
-        rows = [len(answers) for _, answers, _ in units]
-        for micro_batch in policies.micro_batches(widths, rows, args.micro_batch_tokens):
-            laid_out = lay_out([units[i] for i in micro_batch], device)
-            answers, chosen_P, rejected_P, weight_P, adv_B, share_B = laid_out
-            n, inputs = len(answers), policies.collate([(prompt, c.ids) for prompt, c in answers], device)
+        rows = []  # of the forward, for each unit: its answers, several to a row where they share the prompt
+        for prompt, answers, _ in units:
+            parts = policy.rows(len(prompt), [len(c.ids) for c in answers], args.micro_batch_tokens)
+            rows.append([(prompt, [answers[i].ids for i in part]) for part in parts])
+        widths = [max(len(prompt) + sum(map(len, ids)) for prompt, ids in unit) for unit in rows]
+        for micro_batch in policies.micro_batches(widths, [*map(len, rows)], args.micro_batch_tokens):
+            chosen_P, rejected_P, weight_P, adv_B, share_B = lay_out([units[i] for i in micro_batch], device)
+            n, part = len(adv_B), [row for i in micro_batch for row in rows[i]]
+            inputs = policies.collate(part, device)
             logps_BT, entropy_BT, mask_BT = policy(*inputs)
             with torch.no_grad():  # the reference is the policy itself until the first update after it moved
                 ref_BT = logps_BT if step == reference_step else reference(*inputs)[0]
-            part = (logps_BT, ref_BT.detach(), entropy_BT, mask_BT)
-            loss_P, implicit_B = pair_losses(*part, chosen_P, rejected_P, chosen_tokens, args)
+            each = (logps_BT, ref_BT.detach(), entropy_BT, mask_BT)
+            loss_P, implicit_B = pair_losses(*each, chosen_P, rejected_P, chosen_tokens, args)
             loss = (loss_P * weight_P).sum()
             if args.grpo_weight:
                 grpo_B = grpo_loss(logps_BT[:n], ref_BT[:n].detach(), mask_BT[:n], adv_B)
@@ -368,7 +371,7 @@ def main(argv=None):
                 chosen=(implicit_B[chosen_P] * weight_P).sum().item(),
                 rejected=(implicit_B[rejected_P] * weight_P).sum().item(),
                 entropy=entropy_BT[:n].sum().item(), tokens=mask_BT[:n].sum().item(),
-                trained=inputs[2][:n].sum().item(),
+                trained=sum(len(prompt) + len(ids) for prompt, answers in part for ids in answers),
             )  # fmt: skip
         grad_norm = policies.clip_gradients(policy, args.grad_clip)
         sums["asked"] = interrupt.asked

@@ -316,10 +316,12 @@ def main(argv=None):
         # ---- score
         if not args.rollouts:
             scorer.score(groups)
-        answers = []  # (prompt ids, completion, advantage)
+        rows = []  # of the forward: prompt ids, and (completion, advantage) of the answers that share them
         for row, completions in groups:
             advs = advantages([c.reward for c in completions], args.std_norm)
-            answers += [(row.ids, c, a) for c, a in zip(completions, advs, strict=True) if a is not None]
+            known = [(c, a) for c, a in zip(completions, advs, strict=True) if a is not None]
+            parts = policy.rows(len(row.ids), [len(c.ids) for c, _ in known], args.micro_batch_tokens)
+            rows += [(row.ids, [known[i] for i in part]) for part in parts]
         clock.append(time.perf_counter())
 
         # ---- update
@@ -329,28 +331,30 @@ def main(argv=None):
         total = policies.sum_over_ranks(sums)
         count = (total["completions"], max(1, total["length"]))
         stale = step > now.window_step or bool(args.rollouts)
-        widths = [len(prompt) + len(c.ids) for prompt, c, _ in answers]
+        widths = [len(prompt) + sum(len(c.ids) for c, _ in answers) for prompt, answers in rows]
         for micro_batch in policies.micro_batches(widths, [1] * len(widths), args.micro_batch_tokens):
-            n, part = len(micro_batch), [answers[i] for i in micro_batch]
-            inputs = policies.collate([(p, c.ids) for p, c, _ in part], device)
+            part = [rows[i] for i in micro_batch]
+            answers = [answer for _, answers in part for answer in answers]
+            n, ids = len(answers), [(prompt, [c.ids for c, _ in answers]) for prompt, answers in part]
+            inputs = policies.collate(ids, device)
             logps_BT, entropy_BT, mask_BT = policy(*inputs)
             with torch.no_grad():  # the reference is the policy itself until the first update after it moved
                 ref_BT = logps_BT if not reference or step == reference_step else reference(*inputs)[0]
             sampler_BT, adv_B = logps_BT.detach().clone(), torch.zeros(len(logps_BT), device=device)
             if n:
-                sampler_BT[mask_BT] = torch.tensor([x for _, c, _ in part for x in c.logps], device=device)
-                adv_B = torch.tensor([a for _, _, a in part], device=device)
+                sampler_BT[mask_BT] = torch.tensor([x for c, _ in answers for x in c.logps], device=device)
+                adv_B = torch.tensor([a for _, a in answers], device=device)
             clip = (args.clip_low, args.clip_high, args.is_cap)
             loss_BT, clipped_BT = policy_loss(logps_BT, sampler_BT, adv_B, stale, *clip)
             kl_BT = kl_to_reference(logps_BT, ref_BT.detach())
-            weight_B = token_weight(args.loss_norm, inputs[2] - inputs[1], *count)
+            weight_B = token_weight(args.loss_norm, mask_BT.sum(-1), *count)
             loss_B = ((loss_BT + args.beta * kl_BT) * mask_BT).sum(-1) * weight_B
             (loss_B[:n].sum() * world).backward()  # x world, because FSDP averages gradients over ranks
             sums.update(
                 loss=loss_B[:n].sum().item(), kl=(kl_BT * mask_BT)[:n].sum().item(),
                 clipped_tokens=(clipped_BT & mask_BT)[:n].sum().item(),
                 entropy=entropy_BT[:n].sum().item(), tokens=mask_BT[:n].sum().item(),
-                trained=inputs[2][:n].sum().item(),
+                trained=sum(len(prompt) + len(c) for prompt, answers in ids for c in answers),
             )  # fmt: skip
         grad_norm = policies.clip_gradients(policy, args.grad_clip)
         sums["asked"] = interrupt.asked

@@ -66,36 +66,26 @@ def unit(prompt, rewards, pairs):
     return prompt, [SimpleNamespace(reward=reward, ids=[i]) for i, reward in enumerate(rewards)], pairs
 
 
-def test_rows_of_plain_pairs_are_all_chosen_then_all_rejected():
-    units = [unit([7], [1, 0], [(0, 1)]), unit([8], [1, 0], [(0, 1)]), unit([9], [1, 0], [(0, 1)])]
-    rows, chosen_P, rejected_P, weight_P, _, _ = lay_out(units, "cpu")
-    assert [(prompt[0], c.reward) for prompt, c in rows] == [(7, 1), (8, 1), (9, 1), (7, 0), (8, 0), (9, 0)]
-    assert (chosen_P.tolist(), rejected_P.tolist()) == ([0, 1, 2], [3, 4, 5]) and weight_P.tolist() == [
-        1,
-        1,
-        1,
-    ]
+def test_pairs_are_places_in_a_forward_over_all_answers():
+    units = [unit([7], [1, 0], [(0, 1)]), unit([8], [0, 1], [(1, 0)]), unit([9], [1, 0], [(0, 1)])]
+    chosen_P, rejected_P, weight_P, _, _ = lay_out(units, "cpu")
+    assert (chosen_P.tolist(), rejected_P.tolist()) == ([0, 3, 4], [1, 2, 5])
+    assert weight_P.tolist() == [1, 1, 1]
 
 
 def test_every_prompt_weighs_the_same_however_many_pairs_it_has():
     units = [unit([7], [1, 0, 0], [(0, 1), (0, 2)]), unit([8], [0, 1], [(1, 0)])]
-    rows, chosen_P, rejected_P, weight_P, adv_B, share_B = lay_out(units, "cpu")
-    found = [(rows[c], rows[r]) for c, r in zip(chosen_P.tolist(), rejected_P.tolist(), strict=True)]
-    assert [(c[0], c[1].ids, r[0], r[1].ids) for c, r in found] == [
-        ([7], [0], [7], [1]), ([7], [0], [7], [2]), ([8], [1], [8], [0])
-    ]  # fmt: skip
+    chosen_P, rejected_P, weight_P, adv_B, share_B = lay_out(units, "cpu")
+    assert [*zip(chosen_P.tolist(), rejected_P.tolist(), strict=True)] == [(0, 1), (0, 2), (4, 3)]
     assert weight_P.tolist() == [0.5, 0.5, 1]
+    assert share_B.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2])
     # rewards 1, 0, 0: mean 1/3, standard deviation sqrt(1/3); rewards 0, 1: mean 1/2, sqrt(1/2)
-    wanted = {(7, 0): 2 / 3 / 3**-0.5, (7, 1): -1 / 3 / 3**-0.5, (7, 2): -1 / 3 / 3**-0.5}
-    wanted |= {(8, 0): -0.5 / 0.5**0.5, (8, 1): 0.5 / 0.5**0.5}
-    for (prompt, answer), adv, share in zip(rows, adv_B.tolist(), share_B.tolist(), strict=True):
-        assert share == pytest.approx({7: 1 / 3, 8: 1 / 2}[prompt[0]])
-        assert adv == pytest.approx(wanted[prompt[0], answer.ids[0]], abs=1e-5)
+    wanted = [2 / 3 / 3**-0.5, -1 / 3 / 3**-0.5, -1 / 3 / 3**-0.5, -0.5 / 0.5**0.5, 0.5 / 0.5**0.5]
+    assert adv_B.tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_nothing_to_lay_out():
-    rows, *tensors = lay_out([], "cpu")
-    assert rows == [] and [len(tensor) for tensor in tensors] == [0] * 5
+    assert [len(tensor) for tensor in lay_out([], "cpu")] == [0] * 5
 
 
 def test_grpo_term_by_hand():

@@ -108,10 +108,10 @@ def test_denominators_by_hand(norm, wanted):
 
 @pytest.mark.parametrize("norm", ["seq", "token", "sum"])
 def test_an_empty_answer_adds_0_and_no_nan(norm, policy, device, prompts):
-    inputs = policies.collate([(prompts[0], []), (prompts[1], [5, 6])], device)
+    inputs = policies.collate([(prompts[0], [[]]), (prompts[1], [[5, 6]])], device)
     logps_BT, _, mask_BT = policy(*inputs)
     loss_BT, _ = policy_loss(logps_BT, logps_BT.detach(), torch.tensor([1.0, -1.0]), False, *CLIP)
-    weight_B = token_weight(norm, inputs[2] - inputs[1], 2, 2)
+    weight_B = token_weight(norm, mask_BT.sum(-1), 2, 2)
     loss_B = ((loss_BT + kl_to_reference(logps_BT, logps_BT.detach())) * mask_BT).sum(-1) * weight_B
     loss_B.sum().backward()
     assert loss_B[0].item() == 0 and loss_B[1].item() == pytest.approx(

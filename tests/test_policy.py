@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import TOY
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import policy as policies
 
@@ -53,20 +53,91 @@ def test_ids_beyond_the_tokenizer_have_no_probability(device, tokenizer, padded_
         assert (mine - other).abs().max() > 0.01
 
 
+def alone(sequences):
+    """A row for each (prompt, completion)."""
+    return [(prompt, [completion]) for prompt, completion in sequences]
+
+
 def test_inputs_are_unchanged_and_the_mask_is_the_completion_with_its_end(policy):
-    inputs = policies.collate(SEQUENCES, policy.device)
-    before = [t.clone() for t in inputs]
+    inputs = policies.collate(alone(SEQUENCES), policy.device)
+    before = copy.deepcopy(inputs)
     logps_BT, entropy_BT, mask_BT = policy(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+    assert inputs[2] is before[2] is None  # no mask but causality
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True) if a is not None)
     assert mask_BT.sum(-1).tolist() == [len(completion) for _, completion in SEQUENCES]
-    for row, mask_T, (_, completion) in zip(inputs[0], mask_BT, SEQUENCES, strict=True):
-        assert row[1:][mask_T].tolist() == completion  # the end token (3) is trained
+    assert inputs[4].tolist() == sum((completion for _, completion in SEQUENCES), [])  # with its end token, 3
     assert (logps_BT[~mask_BT] == 0).all() and (entropy_BT[~mask_BT] == 0).all()
     assert (logps_BT[mask_BT] < 0).all()
 
 
+SHARED = [
+    ([1, 5, 41, 8, 2], [[9, 8, 3], [7], [], [9, 8, 3], [11, 12, 3]]),
+    ([1, 2], [[3]]),
+    ([1, 6, 2], [[4, 5], [6, 3]]),
+]
+FAMILIES = {  # transformers' model_type -> what it needs
+    "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 16}, "olmo2": {},
+    "phi3": {"pad_token_id": 0}, "granite": {}, "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0]},
+}  # fmt: skip
+OTHERS = {
+    "gemma3_text": {}, "mistral": {"sliding_window": 8}, "jamba": {}, "qwen3_next": {},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8},
+}  # fmt: skip
+
+
+def tiny(family, more, directory):
+    """A random model of two layers, whose biases and norms are random too."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "vocab_size": 64, "eos_token_id": 3, "bos_token_id": 1}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes | more))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_that_share_a_prompt_are_as_if_they_did_not(family, device, tmp_path):
+    """Log-probs, entropies and the gradient; a token of one answer must see nothing of another."""
+    policy = policies.load_policy(tiny(family, FAMILIES[family], tmp_path), device, 64, 0.8)
+    assert policy.shares
+    apart = [(prompt, [answer]) for prompt, answers in SHARED for answer in answers]
+    found = []
+    for rows in (SHARED, apart):
+        logps_BT, entropy_BT, mask_BT = policy(*policies.collate(rows, device))
+        weight_BT = torch.arange(1, mask_BT.numel() + 1).reshape(mask_BT.shape)
+        ((logps_BT + 0.1 * entropy_BT) * weight_BT).sum().backward()
+        gradients = torch.cat([p.grad.to_local().flatten() for p in policy.parameters()])
+        found.append((logps_BT.detach(), entropy_BT.detach(), gradients))
+        policy.zero_grad()
+    for mine, plain in zip(*found, strict=True):
+        assert (mine - plain).norm() / plain.norm() < 1e-5
+    same, other = found[0][0][[0, 3]], found[0][0][4]  # one answer twice in its row, and another
+    assert torch.allclose(same[0], same[1], atol=1e-5) and (same[0] - other).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_models_whose_layers_see_less_or_remember_more_do_not_share(family, device, tmp_path):
+    config = AutoConfig.for_model(family, **OTHERS[family])
+    config._attn_implementation = "sdpa"
+    policy = policies.Policy(torch.nn.Module(), 64, 1.0)
+    policy.lm.config = config
+    assert not policy.shares
+    assert policy.rows(9, [1, 1, 1], 100) == [[0], [1], [2]]
+
+
+def test_what_shares_a_row(policy):
+    """Short answers to a longer prompt do; a row ends at the limit and where attention would cost more."""
+    assert policy.rows(8, [4] * 8, 4096) == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert policy.rows(8, [4, 5, 3, 4], 17) == [[0, 1], [2, 3]]
+    assert policy.rows(8, [500, 2], 4096) == [[0], [1]]
+    assert policy.rows(100, [200, 2], 4096) == [[0, 1]]
+    assert policy.rows(8, [], 4096) == []
+
+
 def test_entropy_is_that_of_the_next_token(policy):
-    _, entropy_BT, mask_BT = policy(*policies.collate([SEQUENCES[0]], policy.device))
+    _, entropy_BT, mask_BT = policy(*policies.collate(alone(SEQUENCES[:1]), policy.device))
     prompt, completion = SEQUENCES[0]
     model = AutoModelForCausalLM.from_pretrained(TOY)
     probs = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].softmax(-1)
@@ -99,7 +170,7 @@ def test_gradients_of_logps_and_entropies_equal_autograd_through_whole_logits(mo
 
 def gradient(policy, batches):
     for batch in batches:
-        logps_BT, _, _ = policy(*policies.collate(batch, policy.device))
+        logps_BT, _, _ = policy(*policies.collate(alone(batch), policy.device))
         (logps_BT.sum(-1) * torch.arange(1, len(logps_BT) + 1) * (len(batch) > 0)).sum().backward()
     return torch.cat([p.grad.to_local().flatten() for p in policy.parameters()])
 
