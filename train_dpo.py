@@ -281,7 +281,7 @@ def main(argv=None):
     run.begin(world)
     run.say(f"{batch_size} prompts x {args.samples_per_prompt} samples a step over {world} rank(s)")
     run.say(f"{prompts.epoch_size} prompts, {dropped} more dropped for length; writing {run.directory}")
-    test = ([row.ids for row in valid[:8]], args.max_new_tokens, args.temperature)
+    test = ([row.ids for row in valid[:16]], args.max_new_tokens, args.temperature)
     if args.eval_every and not checkpoint:
         now.first = now.last = validate(0)
     if checkpoint or args.rollouts:

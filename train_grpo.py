@@ -268,7 +268,7 @@ def main(argv=None):
         "the loss prints near 0 or goes with length, as advantages add up to 0: watch reward, kl, entropy"
     )
     run.say(f"{prompts.epoch_size} prompts, {dropped} more dropped for length; writing {run.directory}")
-    test = ([row.ids for row in valid[:8]], args.max_new_tokens, args.temperature)
+    test = ([row.ids for row in valid[:16]], args.max_new_tokens, args.temperature)
     if args.eval_every and not checkpoint:
         now.first = now.last = validate(0)
     if checkpoint or args.rollouts:

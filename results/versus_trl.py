@@ -36,6 +36,7 @@ def get_args():
     add("--runs", nargs="+", default=RUNS, help="'ALGORITHM SYNC_STEPS SAMPLER'")
     add("--model", default=str(ROOT / "toy" / "model"))
     add("--prompts", type=int, default=32, help="a step")
+    add("--beta", type=float, default=0.001, help="GRPO's, the paper's; TRL's default is 0: no reference")
     add("--samples", type=int, default=8, help="of a prompt; DPO: always 2, TRL knows no other number")
     add("--new-tokens", type=int, default=8)
     add("--max-prompt-tokens", type=int, default=24)
@@ -89,7 +90,7 @@ def ours(args, algorithm: str, s: int, sampler: str, steps: int, report: dict):
     flags += f" --max-new-tokens {args.new_tokens} --max-prompt-tokens {args.max_prompt_tokens} --no-sync-ref"
     flags += f" --out {tempfile.mkdtemp()}/run --save-every 0"
     if algorithm == "grpo":
-        train_grpo.main([*flags.split(), "--beta", "0"])  # TRL's default: no reference
+        train_grpo.main([*flags.split(), "--beta", str(args.beta)])
     else:
         train_dpo.main(flags.split())
 
@@ -115,7 +116,8 @@ def trl(args, algorithm: str, s: int, sampler: str, steps: int, report: dict):
     told = [0, 0]
 
     def reward(completions, completion_ids, answer, **_):
-        told[0] += sum(map(len, completion_ids))
+        end = tokenizer.eos_token_id  # the online DPO pads
+        told[0] += sum(ids.index(end) + 1 if end in ids else len(ids) for ids in completion_ids)
         told[1] += len(completions)
         n = args.samples
         place = (lambda i: i % n) if algorithm == "grpo" else (lambda i: i // args.prompts)
@@ -133,8 +135,8 @@ def trl(args, algorithm: str, s: int, sampler: str, steps: int, report: dict):
     common = {
         "output_dir": tempfile.mkdtemp(), "max_steps": steps, "learning_rate": RATE,
         "lr_scheduler_type": "constant", "gradient_checkpointing": False, "bf16": False, "use_cpu": True,
-        "report_to": "none", "beta": 0.0, "save_strategy": "no", "logging_steps": 1, "weight_decay": 0.1,
-        "temperature": 1.0, "seed": 0, "use_vllm": sampler == "vllm",
+        "report_to": "none", "save_strategy": "no", "logging_steps": 1, "weight_decay": 0.1,
+        "beta": args.beta, "temperature": 1.0, "seed": 0, "use_vllm": sampler == "vllm",
     }  # fmt: skip
     if sampler == "vllm":
         common |= {"vllm_mode": "colocate", "vllm_enable_sleep_mode": False}
@@ -143,6 +145,7 @@ def trl(args, algorithm: str, s: int, sampler: str, steps: int, report: dict):
     data = datasets.Dataset.from_list(messages)
     if algorithm == "grpo":
         from trl import GRPOConfig, GRPOTrainer
+        from trl.generation.vllm_generation import VLLMGeneration
 
         more = {"vllm_max_model_length": context} if sampler == "vllm" else {}
         batch = args.prompts * args.samples
@@ -151,6 +154,7 @@ def trl(args, algorithm: str, s: int, sampler: str, steps: int, report: dict):
             steps_per_generation=s, max_completion_length=args.new_tokens,
         )  # fmt: skip
         kind, more = GRPOTrainer, {"args": config}
+        VLLMGeneration.sync_weights = lambda self: lend(self.llm, self._iter_named_params())
     else:
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
@@ -158,10 +162,18 @@ def trl(args, algorithm: str, s: int, sampler: str, steps: int, report: dict):
         config = OnlineDPOConfig(**common, per_device_train_batch_size=args.prompts)
         reference = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
         kind, more = OnlineDPOTrainer, {"args": config, "ref_model": reference}
+        kind._move_model_to_vllm = lambda self: lend(self.llm, self.model.named_parameters())
     more |= {"reward_funcs": reward, "train_dataset": data, "processing_class": tokenizer}
     trainer = kind(model, callbacks=[Note()], **more)
     trainer.train()
     report["tokens"], report["answers"] = [told[0] / steps] * steps, [told[1] / steps] * steps
+
+
+def lend(llm, parameters):
+    """Our reload, for TRL: its own fails on a CPU, where vLLM has packed away what it would write to."""
+    weights = ((name, p.data) for name, p in parameters)
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    llm.reset_prefix_cache()
 
 
 def measure(args):
@@ -172,7 +184,11 @@ def measure(args):
     report = {"times": [], "tokens": [], "answers": [], "began": time.time()}
     side = ours if args.side == "ours" else trl
     side(args, algorithm, s, sampler, window * (1 + args.windows), report)
-    report["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    report |= {"peak": used.ru_maxrss * 1024, "cpu": used.ru_utime + used.ru_stime, "ended": time.time()}
+    import torch
+
+    report["threads"] = torch.get_num_threads()
     print("REPORT" + json.dumps(report))
 
 
@@ -182,7 +198,16 @@ def measure(args):
 def one(args, run: str, side: str) -> dict:
     """Runs a side; samples a second of each window, tokens an answer, seconds until the first step, bytes."""
     flags = []
-    for name in ("model", "prompts", "samples", "new_tokens", "max_prompt_tokens", "windows", "trl_dtype"):
+    for name in (
+        "model",
+        "prompts",
+        "samples",
+        "new_tokens",
+        "max_prompt_tokens",
+        "windows",
+        "beta",
+        "trl_dtype",
+    ):
         flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     if run.startswith("dpo"):
         flags[flags.index("--samples") + 1] = "2"
