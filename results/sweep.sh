@@ -17,7 +17,7 @@ run() { # name, script, flags
     echo "$1 failed, see $out.log"
     return 255
   fi
-  rm -rf "$out.partial/model" "$out.log"
+  rm -rf "$out.partial/model" "$out.partial/checkpoints" "$out.log"
   mv "$out.partial" "$out"
   echo "$1 done"
 }
