@@ -15,6 +15,7 @@ step and rank, and so is the choice of pairs. The generators' states are kept fo
 On several nodes the run's directory must be the same one for all, on a shared file system.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -35,11 +36,12 @@ from torch.distributed.tensor import DTensor
 
 FILE_BYTES = 2**32  # of tensors in one file, over all ranks; a rank holds its part of a file twice in writing
 # A run goes on with other values of these: they do not change what it computes, or its rows say more than
-# their path does (`data.fingerprint`). --micro-batch-tokens changes the order of sums, so the last bits.
+# their path does (`data.fingerprint`). --micro-batch-tokens and --shard-ranks change the order of sums,
+# and so the last bits.
 MAY_DIFFER = (
     "out resume save_every keep eval_every log_samples wandb tensorboard data eval_data rollouts"
-    " gpu_memory sleep micro_batch_tokens activation_checkpointing reward_timeout reward_offload judge_url"
-    " judge_timeout judge_concurrency max_failed max_skipped trust_remote_code steps"
+    " gpu_memory sleep micro_batch_tokens shard_ranks activation_checkpointing reward_timeout reward_offload"
+    " judge_url judge_timeout judge_concurrency max_failed max_skipped trust_remote_code steps"
 ).split()
 
 
@@ -248,10 +250,15 @@ def _tensors(policy, optimizer, progress: Progress) -> dict[str, DTensor]:
             state = optimizer.state[p]  # empty if no update was finite so far
             tensors[f"{moment}.{name}"] = state[moment] if state else torch.zeros_like(p)
         if progress.window is not None:
-            host = DeviceMesh("cpu", p.device_mesh.mesh)  # the shards are in host memory, and stay there
             shard, like = progress.window[i], {"shape": p.shape, "stride": p.stride()}
-            tensors[f"window.{name}"] = DTensor.from_local(shard, host, p.placements, **like)
+            tensors[f"window.{name}"] = DTensor.from_local(shard, _host(p.device_mesh), p.placements, **like)
     return tensors
+
+
+@functools.cache  # a mesh of two dimensions makes process groups of its own
+def _host(mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks for tensors in host memory, where the window's shards are, and stay."""
+    return mesh if mesh.device_type == "cpu" else DeviceMesh("cpu", mesh.mesh)
 
 
 def _generators() -> tuple[list, list]:

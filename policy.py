@@ -20,7 +20,7 @@ import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -55,6 +55,19 @@ def start() -> tuple[int, int, torch.device]:
     if dist.get_rank():
         transformers.logging.disable_progress_bar()
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def device_mesh(device: torch.device, shard_ranks: int | None) -> DeviceMesh:
+    """How parameters lie over the ranks: sharded over all, or over each `shard_ranks` neighbours (the GPUs of
+    a node, say) and replicated over these groups. Raises ArgumentError where it does not divide the ranks.
+    """
+    world = dist.get_world_size()
+    if not shard_ranks or shard_ranks == world:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    if world % shard_ranks:
+        raise ArgumentError(None, f"--shard-ranks {shard_ranks}: does not divide the {world} rank(s)")
+    shape = (world // shard_ranks, shard_ranks)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def stop():
@@ -240,8 +253,9 @@ class Policy(nn.Module):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor) of each parameter, one at a time: no rank holds two full copies.
 
-        Collective: every rank must exhaust it. `shards` walks a snapshot instead of the weights of now. The
-        cast comes before the gathering, to halve what is sent. Tied matrices come once, by their first name.
+        Collective, within the ranks that shard it: each must exhaust it. `shards` walks a snapshot instead of
+        the weights of now. The cast comes before the gathering, to halve what is sent. Tied matrices come
+        once, by their first name.
         """
         for i, (name, p) in enumerate(self.lm.named_parameters()):
             p = p.detach()
@@ -286,11 +300,12 @@ def load_policy(
     trainable=True,
     activation_checkpointing=False,
     trust=False,
+    mesh: DeviceMesh | None = None,
 ) -> Policy:
     """Loads and shards a model; a reference is loaded the same way with trainable=False.
 
     vocab: ids below it may be sampled (the tokenizer's length; a model's matrix is often padded beyond it).
-    trust: whether code that comes with the model may run.
+    trust: whether code that comes with the model may run. mesh: `device_mesh`'s, or None: over all ranks.
     Trainable: float32 master weights, computing in bfloat16 on a GPU. Not trainable: weights in the computing
     dtype. Raises ArgumentError for a model that cannot be loaded or whose layers cannot be found.
     """
@@ -310,7 +325,7 @@ def load_policy(
             layer.training = True  # this flag alone turns recomputation on; its children stay in eval mode
     dtype = torch.float32 if trainable else compute_dtype(device)
     policy = Policy(lm, vocab, temperature)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = mesh or device_mesh(device, None)
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     units = list(layers) if embedding.weight is head.weight else [embedding, *layers]

@@ -91,6 +91,7 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--micro-batch-tokens", type=count, default=4096,
         help="padded tokens of one forward, changes memory only; 8B runs: 16384")
     add("--activation-checkpointing", action="store_true", help="less memory, slower; 8B runs: on")
+    add("--shard-ranks", type=count, help="shard over so many ranks, replicate over the rest (default: all)")
     add("--lr", type=size, default=2e-4, help="AdamW's learning rate; paper (T4): 1e-6 chat, maths garbled")
     add("--adam-eps", type=size, default=1e-8, help="paper (T4): 1e-8 chat, maths garbled")
     add("--weight-decay", type=size0, default=0.1, help="paper: not stated; the original code's default")
@@ -190,7 +191,7 @@ def main(argv=None):
     # 1 processes and run directory
     samplers.require(args.sampler)
     rank, world, device = policies.start()
-    dtype = policies.compute_dtype(device)
+    mesh, dtype = policies.device_mesh(device, args.shard_ranks), policies.compute_dtype(device)
     checkpoint = checkpoints.find(args)
     run = runs.Run(args, f"grpo-s{s}", rank == 0, checkpoint)
 
@@ -217,11 +218,10 @@ def main(argv=None):
 
     # 3 policy and reference
     where = (args.model, device, len(tokenizer), args.temperature)
-    policy = policies.load_policy(*where, activation_checkpointing=args.activation_checkpointing, trust=trust)
+    more = {"trust": trust, "mesh": mesh}
+    policy = policies.load_policy(*where, activation_checkpointing=args.activation_checkpointing, **more)
     online = s == 1 and args.sync_ref  # then the reference is the policy of the step itself, and never runs
-    reference = (
-        None if online or not args.beta else policies.load_policy(*where, trainable=False, trust=trust)
-    )
+    reference = None if online or not args.beta else policies.load_policy(*where, trainable=False, **more)
 
     # 4 sampler
     engine = (tokenizer, device, dtype, length, args.gpu_memory, args.sleep)

@@ -142,6 +142,8 @@ CASES = [
         "--judge-url http://a:port/v1:",
     ),
     ("--data {tmp}/rm.jsonl --reward-model {tmp}/cutrm", "--reward-model {tmp}/cutrm: cannot be loaded"),
+    ("--shard-ranks 3", "--shard-ranks 3: does not divide the 1 rank(s)"),
+    ("--shard-ranks 0", "--shard-ranks: 0 is not a whole number above 0"),
     ("--max-failed -1", "--max-failed: -1 is not a number from 0 on"),
     ("--judge-votes 0", "--judge-votes: 0 is not"),
     ("--nll-weight -1", "--nll-weight: -1 is not"),

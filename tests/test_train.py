@@ -1,6 +1,7 @@
 """Whole runs: torchrun, gloo ranks, the real vLLM, real files."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -123,6 +124,32 @@ def test_ranks_and_micro_batches_do_not_change_the_update(torchrun, rollouts, tm
     for key, got in weights.items():
         assert norms[key] == pytest.approx(norms[1, 4096], rel=1e-5)
         assert (got - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("script", ["train_dpo.py", "train_grpo.py"])
+def test_two_replicas_of_two_shards_are_like_one_rank(torchrun, rollouts, tmp, script):
+    """On the same rollouts, and on the rest of a window that one rank goes on with."""
+    common = ["--sampler", "hf", "--prompts-per-step", 13, "--eval-every", 0]
+    file = ["--rollouts", rollouts, "--sync-steps", "inf", "--steps", 2, "--micro-batch-tokens", 64]
+    one, four = (tmp / f"shards-{script}-{ranks}" for ranks in (1, 4))
+    torchrun(1, script, *short(tmp, *common, *file, "--out", one))
+    torchrun(4, script, *short(tmp, *common, *file, "--shard-ranks", 2, "--out", four))
+    norms = [[m["grad_norm"] for m in read(out / "metrics.jsonl")] for out in (one, four)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    assert (flat(four / "model") - flat(one / "model")).norm() / flat(one / "model").norm() < 1e-5
+
+    straight, again = (tmp / f"{name}-{script}" for name in ("straight", "again"))
+    flags = [*common, "--sync-steps", 2, "--sync-ref", "--steps", 4, "--save-every", 3]
+    torchrun(4, script, *short(tmp, *flags, "--shard-ranks", 2, "--out", straight))
+    gaps = [m["sampler/logp_gap_max"] for m in read(straight / "metrics.jsonl") if m["step"] % 2 == 0]
+    assert len(gaps) == 2 and max(gaps) < 1e-4  # reloads from the two shards of a replica
+    shutil.copytree(straight, again, ignore=shutil.ignore_patterns("model"))
+    torchrun(1, script, *short(tmp, *flags, "--out", again, "--resume", "auto"))
+    wanted = flat(straight / "model")
+    assert (flat(again / "model") - wanted).norm() / wanted.norm() < 1e-5
+    held = [load_file(file) for file in (straight / "checkpoints" / "step-000003").glob("*.safetensors")]
+    sizes = [tensor.numel() for part in held for name, tensor in part.items() if name.startswith("policy.")]
+    assert sum(sizes) == len(wanted)  # each shard once, though two ranks hold it
 
 
 def test_grpo_with_stale_samples_and_a_moving_reference(torchrun, tmp):
