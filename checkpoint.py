@@ -316,7 +316,7 @@ def _sync(folder: Path):
 
 def _remove(directory: Path):
     """Its name goes first: a checkpoint with half of its files must not be found."""
-    doomed = directory.with_name(directory.name + ".partial")
+    doomed = directory.with_name(directory.name + ".old.partial")  # not the name that is being written
     directory.rename(doomed)
     shutil.rmtree(doomed)
 

@@ -1,8 +1,10 @@
 """The model being trained: process start, FSDP2 sharding, log-probs in chunks, full weights one by one,
 export.
 
-Shapes: R rows of L tokens (a prompt, one or more answers to it, padding on the right); B answers of at most T
-tokens, in the order of the rows; N tokens of all answers; H hidden size; V vocabulary.
+A segment is a prompt and the answers that share it: often one, several where that saves work.
+
+Shapes: R rows of L tokens (segments side by side, padding on the right); B answers of at most T tokens, in
+the order of the segments; N tokens of all answers; H hidden size; V vocabulary.
 """
 
 import itertools
@@ -174,18 +176,20 @@ class Policy(nn.Module):
     def __init__(self, lm: nn.Module, vocab: int, temperature: float):
         super().__init__()
         self.lm, self.vocab, self.temperature = lm, vocab, temperature
+        self.config = lm.config.get_text_config()
 
-    def forward(self, ids_RL, place_RL, answer_RL, source_N, target_N, mask_BT):
+    def forward(self, ids_RL, place_RL, segment_RL, answer_RL, source_N, target_N, mask_BT):
         """Log-prob of every answer token under softmax(logits / temperature) over the tokenizer's ids.
 
-        The arguments are `collate`'s. Returns float32 logps_BT and entropy_BT (nats), 0 outside the mask, and
-        the bool mask_BT, true where answer b has a token t, the end token included.
+        The arguments are those that `collate` returns. Returns float32 logps_BT and entropy_BT (nats), 0
+        outside the mask, and the bool mask_BT, true where answer b has a token t, the end token included.
         """
-        more = {}  # answers that share a prompt see it and themselves; where none does, causality is enough
-        if answer_RL is not None:
+        more = {}  # where a row holds one answer, causality is enough: no token sees the padding after it
+        if segment_RL is not None:  # an answer sees its prompt and itself
             causal_LL = torch.ones(2 * ids_RL.shape[1:], dtype=torch.bool, device=ids_RL.device).tril()
-            own_RLL = (answer_RL[:, None, :] == 0) | (answer_RL[:, None, :] == answer_RL[:, :, None])
-            more = {"position_ids": place_RL, "attention_mask": (causal_LL & own_RLL)[:, None]}
+            same_RLL = segment_RL[:, :, None] == segment_RL[:, None, :]
+            own_RLL = (answer_RL[:, None, :] == 0) | (answer_RL[:, :, None] == answer_RL[:, None, :])
+            more = {"position_ids": place_RL, "attention_mask": (causal_LL & same_RLL & own_RLL)[:, None]}
         hidden_RLH = self.lm.get_decoder()(input_ids=ids_RL, use_cache=False, **more).last_hidden_state
         hidden_NH = hidden_RLH.flatten(0, 1).index_select(0, source_N)
         head_VH = self.lm.get_output_embeddings().weight
@@ -194,30 +198,72 @@ class Policy(nn.Module):
         logps_BT, entropy_BT = (zeros_BT.masked_scatter(mask_BT, x_N) for x_N in (logps_N, entropy_N))
         return logps_BT, entropy_BT, mask_BT
 
-    def rows(self, prompt: int, answers: list[int], max_tokens: int) -> list[list[int]]:
-        """Deals the answers to one prompt into rows of a forward, in order; returns the answers' indices.
+    def split(self, prompt: int, answers: list[int], max_tokens: int) -> list[list[int]]:
+        """Which answers to one prompt make a segment, in order: the indices of each.
 
-        prompt, answers: tokens of each. Answers share a row, and so the work on their prompt, where that
-        saves more than the attention costs that the mask then throws away (a token's 24 H^2 flops a layer are
-        those of 6 H pairs): much for short answers, nothing for long ones to a short prompt.
+        prompt, answers: tokens of each. Answers share a prompt where the work on it that they save is more
+        than what attention costs that the mask then throws away: for short answers, not for long ones to a
+        short prompt. (A token's 24 H^2 flops in the matrices of a layer are those of 6 H pairs of attention.)
         """
-        hidden, rows, width = self.lm.config.get_text_config().hidden_size, [], 0
+        segments, width = [], 0
         for i, answer in enumerate(answers):
-            saved = prompt * (prompt + 2 * answer + 6 * hidden)
-            if rows and self.shares and width + answer <= max_tokens and MASKED * 2 * width * answer < saved:
-                rows[-1].append(i)
+            saved = prompt * (prompt + 2 * answer + 6 * self.config.hidden_size)
+            fits = width + answer <= max_tokens and MASKED * 2 * width * answer < saved
+            if segments and self.shares and fits:
+                segments[-1].append(i)
                 width += answer
             else:
-                rows.append([i])
+                segments.append([i])
                 width = prompt + answer
-        return rows
+        return segments
+
+    def collate(self, segments: list[tuple[list[int], list[list[int]]]]) -> tuple:
+        """Segments (prompt ids, ids of each answer) to the inputs of `forward`.
+
+        Short ones fill up the rows of longer ones, where a mask is needed anyway or padding costs more than
+        it. Returns ids_RL; place_RL, each token's position in prompt + own answer; segment_RL, the segment of
+        a token (-1: padding), and answer_RL, its answer (0: the prompt), or None for both where no mask is
+        needed; source_N, the token (of all rows, flattened) whose hidden state predicts target_N; mask_BT,
+        true where an answer has a token.
+
+        No segments: one of a prompt and an answer of a token each, so that the rank takes part in the
+        collectives of the pass; the caller gives it no weight.
+        """
+        segments = segments or [([0], [[0]])]
+        sizes = [len(prompt) + sum(map(len, answers)) for prompt, answers in segments]
+        width, masked = max(sizes), any(len(answers) > 1 for _, answers in segments)
+        padding = 1 - sum(sizes) / (width * len(sizes))
+        starts, rows = [width * i for i in range(len(sizes))], len(sizes)
+        if self.shares and (masked or MASKED * width < padding * 6 * self.config.hidden_size):
+            starts, rows = first_fit(sizes)
+        ids, places, segment, answer_of = ([fill] * (rows * width) for fill in (0, 0, -1, 0))
+        source, target = [], []
+        for i, (start, (prompt, answers)) in enumerate(zip(starts, segments, strict=True)):
+            end = start + len(prompt)
+            ids[start:end], places[start:end] = prompt, range(len(prompt))
+            source_of_first = end - 1
+            for k, answer in enumerate(answers, 1):
+                source += [source_of_first, *range(end, end + len(answer))][: len(answer)]
+                target += answer
+                part = slice(end, end + len(answer))
+                ids[part], places[part] = answer, range(len(prompt), len(prompt) + len(answer))
+                answer_of[part] = [k] * len(answer)
+                end += len(answer)
+            segment[start:end] = [i] * (end - start)
+        table = torch.tensor([ids, places, segment, answer_of], device=self.device)
+        ids_RL, place_RL, segment_RL, answer_RL = table.reshape(4, rows, width)
+        if not masked and rows == len(segments):
+            segment_RL = answer_RL = None
+        source_N, target_N = torch.tensor([source, target], dtype=torch.int64, device=self.device)
+        length_B = torch.tensor([len(a) for _, answers in segments for a in answers], device=self.device)
+        mask_BT = torch.arange(length_B.max(), device=self.device) < length_B[:, None]
+        return ids_RL, place_RL, segment_RL, answer_RL, source_N, target_N, mask_BT
 
     @property
     def shares(self) -> bool:
-        """Whether answers can share a row: every layer has full attention and takes the mask as it is."""
-        config = self.lm.config.get_text_config()
-        kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None)]
-        return config._attn_implementation == "sdpa" and set(kinds) <= {"full_attention", None}
+        """Whether a row can hold several answers: every layer has full attention and takes any mask."""
+        kinds = getattr(self.config, "layer_types", None) or [getattr(self.config, "sliding_window", None)]
+        return self.config._attn_implementation == "sdpa" and set(kinds) <= {"full_attention", None}
 
     @torch.no_grad()
     def logps(self, sequences: list[tuple[list[int], list[int]]], max_tokens=2**14) -> list[torch.Tensor]:
@@ -228,8 +274,8 @@ class Policy(nn.Module):
         out = [torch.zeros(0)] * len(sequences)
         widths = [len(prompt) + len(completion) for prompt, completion in sequences]
         for batch in micro_batches(widths, [1] * len(widths), max_tokens):
-            rows = [(prompt, [completion]) for prompt, completion in (sequences[i] for i in batch)]
-            logps_BT, _, mask_BT = self(*collate(rows, self.device))
+            segments = [(prompt, [completion]) for prompt, completion in (sequences[i] for i in batch)]
+            logps_BT, _, mask_BT = self(*self.collate(segments))
             for row, i in enumerate(batch):
                 out[i] = logps_BT[row][mask_BT[row]].cpu()
         return out
@@ -360,7 +406,7 @@ def micro_batches(widths: list[int], rows: list[int], max_tokens: int) -> list[l
     A unit is rows[i] sequences that must meet in one forward (2 for a DPO pair), the longest of them
     widths[i] tokens. Longest first: what does not fit in memory fails at once, and neighbours differ little,
     so little is padding. Collective: every rank gets the same number, since each forward and backward is a
-    collective; ranks that run out get empty ones, for which `collate` makes a dummy.
+    collective; ranks that run out get empty ones, for which `Policy.collate` makes a dummy.
     """
     batches: list[list[int]] = []
     filled = 0  # sequences of the last batch
@@ -375,36 +421,18 @@ def micro_batches(widths: list[int], rows: list[int], max_tokens: int) -> list[l
     return batches + [[] for _ in range(count.item() - len(batches))]
 
 
-def collate(rows: list[tuple[list[int], list[list[int]]]], device: torch.device) -> tuple:
-    """Rows of (prompt ids, ids of each answer) to the inputs of Policy.forward.
-
-    Returns ids_RL, padded on the right; place_RL, each token's position in prompt + own answer; answer_RL,
-    the answer that a token belongs to (0: the prompt, from 1 on: the row's answers, -1: padding), or None
-    where every row has one, since no token sees the padding after it; source_N, the token (of all rows,
-    flattened) whose hidden state predicts target_N; mask_BT, true where an answer has a token.
-
-    No rows: one of a prompt and an answer of a token each, so that the rank takes part in the collectives of
-    the pass; the caller gives it no weight.
+def first_fit(sizes: list[int]) -> tuple[list[int], int]:
+    """Lays segments into rows as wide as the longest one, longest first, each where it first fits; returns
+    where each begins (in the rows, flattened) and the number of rows.
     """
-    rows = rows or [([0], [[0]])]
-    width = max(len(prompt) + sum(map(len, answers)) for prompt, answers in rows)
-    table, source, target = [], [], []  # table: ids, places and answers of each row
-    for r, (prompt, answers) in enumerate(rows):
-        ids, places, owners = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        for i, answer in enumerate(answers, 1):
-            before = [len(prompt) - 1, *range(len(ids), len(ids) + len(answer))]  # first the prompt's end
-            source += [r * width + place for place in before[: len(answer)]]
-            target += answer
-            ids += answer
-            places += range(len(prompt), len(prompt) + len(answer))
-            owners += [i] * len(answer)
-        padding = width - len(ids)
-        table.append([ids + [0] * padding, places + [0] * padding, owners + [-1] * padding])
-    ids_RL, place_RL, answer_RL = torch.tensor(table, device=device).unbind(1)
-    source_N, target_N = torch.tensor([source, target], dtype=torch.int64, device=device)
-    length_B = torch.tensor([len(answer) for _, answers in rows for answer in answers], device=device)
-    mask_BT = torch.arange(length_B.max(), device=device) < length_B[:, None]
-    return ids_RL, place_RL, None if len(length_B) == len(rows) else answer_RL, source_N, target_N, mask_BT
+    width, room, starts = max(sizes), [], [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = next((row for row, left in enumerate(room) if left >= sizes[i]), len(room))
+        if row == len(room):
+            room.append(width)
+        starts[i] = width * (row + 1) - room[row]
+        room[row] -= sizes[i]
+    return starts, len(room)
 
 
 def _first_line(error: Exception) -> str:

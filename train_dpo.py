@@ -346,15 +346,15 @@ def main(argv=None):
         tokens = sum(len(answers[c].ids) / len(pairs) for _, answers, pairs in units for c, _ in pairs)
         total = policies.sum_over_ranks(Counter(pairs=len(units), tokens=tokens))
         chosen_tokens = total["tokens"] / max(1, total["pairs"])  # of an average pair, over all ranks
-        rows = []  # of the forward, for each unit: its answers, several to a row where they share the prompt
+        segments = []  # of each unit: prompt ids, and the ids of the answers that share them
         for prompt, answers, _ in units:
-            parts = policy.rows(len(prompt), [len(c.ids) for c in answers], args.micro_batch_tokens)
-            rows.append([(prompt, [answers[i].ids for i in part]) for part in parts])
-        widths = [max(len(prompt) + sum(map(len, ids)) for prompt, ids in unit) for unit in rows]
-        for micro_batch in policies.micro_batches(widths, [*map(len, rows)], args.micro_batch_tokens):
+            parts = policy.split(len(prompt), [len(c.ids) for c in answers], args.micro_batch_tokens)
+            segments.append([(prompt, [answers[i].ids for i in part]) for part in parts])
+        widths = [max(len(prompt) + sum(map(len, ids)) for prompt, ids in unit) for unit in segments]
+        for micro_batch in policies.micro_batches(widths, [*map(len, segments)], args.micro_batch_tokens):
             chosen_P, rejected_P, weight_P, adv_B, share_B = lay_out([units[i] for i in micro_batch], device)
-            n, part = len(adv_B), [row for i in micro_batch for row in rows[i]]
-            inputs = policies.collate(part, device)
+            n, part = len(adv_B), [segment for i in micro_batch for segment in segments[i]]
+            inputs = policy.collate(part)
             logps_BT, entropy_BT, mask_BT = policy(*inputs)
             with torch.no_grad():  # the reference is the policy itself until the first update after it moved
                 ref_BT = logps_BT if step == reference_step else reference(*inputs)[0]

@@ -316,12 +316,12 @@ def main(argv=None):
         # ---- score
         if not args.rollouts:
             scorer.score(groups)
-        rows = []  # of the forward: prompt ids, and (completion, advantage) of the answers that share them
+        segments = []  # prompt ids, and (completion, advantage) of the answers that share them
         for row, completions in groups:
             advs = advantages([c.reward for c in completions], args.std_norm)
             known = [(c, a) for c, a in zip(completions, advs, strict=True) if a is not None]
-            parts = policy.rows(len(row.ids), [len(c.ids) for c, _ in known], args.micro_batch_tokens)
-            rows += [(row.ids, [known[i] for i in part]) for part in parts]
+            parts = policy.split(len(row.ids), [len(c.ids) for c, _ in known], args.micro_batch_tokens)
+            segments += [(row.ids, [known[i] for i in part]) for part in parts]
         clock.append(time.perf_counter())
 
         # ---- update
@@ -331,12 +331,12 @@ def main(argv=None):
         total = policies.sum_over_ranks(sums)
         count = (total["completions"], max(1, total["length"]))
         stale = step > now.window_step or bool(args.rollouts)
-        widths = [len(prompt) + sum(len(c.ids) for c, _ in answers) for prompt, answers in rows]
+        widths = [len(prompt) + sum(len(c.ids) for c, _ in answers) for prompt, answers in segments]
         for micro_batch in policies.micro_batches(widths, [1] * len(widths), args.micro_batch_tokens):
-            part = [rows[i] for i in micro_batch]
+            part = [segments[i] for i in micro_batch]
             answers = [answer for _, answers in part for answer in answers]
             n, ids = len(answers), [(prompt, [c.ids for c, _ in answers]) for prompt, answers in part]
-            inputs = policies.collate(ids, device)
+            inputs = policy.collate(ids)
             logps_BT, entropy_BT, mask_BT = policy(*inputs)
             with torch.no_grad():  # the reference is the policy itself until the first update after it moved
                 ref_BT = logps_BT if not reference or step == reference_step else reference(*inputs)[0]

@@ -108,7 +108,7 @@ def test_denominators_by_hand(norm, wanted):
 
 @pytest.mark.parametrize("norm", ["seq", "token", "sum"])
 def test_an_empty_answer_adds_0_and_no_nan(norm, policy, device, prompts):
-    inputs = policies.collate([(prompts[0], [[]]), (prompts[1], [[5, 6]])], device)
+    inputs = policy.collate([(prompts[0], [[]]), (prompts[1], [[5, 6]])])
     logps_BT, _, mask_BT = policy(*inputs)
     loss_BT, _ = policy_loss(logps_BT, logps_BT.detach(), torch.tensor([1.0, -1.0]), False, *CLIP)
     weight_B = token_weight(norm, mask_BT.sum(-1), 2, 2)

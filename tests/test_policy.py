@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 
 import pytest
 import torch
@@ -59,13 +60,12 @@ def alone(sequences):
 
 
 def test_inputs_are_unchanged_and_the_mask_is_the_completion_with_its_end(policy):
-    inputs = policies.collate(alone(SEQUENCES), policy.device)
+    inputs = policy.collate(alone(SEQUENCES))
     before = copy.deepcopy(inputs)
     logps_BT, entropy_BT, mask_BT = policy(*inputs)
-    assert inputs[2] is before[2] is None  # no mask but causality
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True) if a is not None)
     assert mask_BT.sum(-1).tolist() == [len(completion) for _, completion in SEQUENCES]
-    assert inputs[4].tolist() == sum((completion for _, completion in SEQUENCES), [])  # with its end token, 3
+    assert inputs[5].tolist() == sum((completion for _, completion in SEQUENCES), [])  # with its end token, 3
     assert (logps_BT[~mask_BT] == 0).all() and (entropy_BT[~mask_BT] == 0).all()
     assert (logps_BT[mask_BT] < 0).all()
 
@@ -98,19 +98,22 @@ def tiny(family, more, directory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_that_share_a_prompt_are_as_if_they_did_not(family, device, tmp_path):
+def test_answers_that_share_a_prompt_are_as_if_they_did_not(family, device, tmp_path, monkeypatch):
     """Log-probs, entropies and the gradient; a token of one answer must see nothing of another."""
     policy = policies.load_policy(tiny(family, FAMILIES[family], tmp_path), device, 64, 0.8)
     assert policy.shares
     apart = [(prompt, [answer]) for prompt, answers in SHARED for answer in answers]
     found = []
-    for rows in (SHARED, apart):
-        logps_BT, entropy_BT, mask_BT = policy(*policies.collate(rows, device))
+    for segments in (SHARED, apart):
+        inputs = policy.collate(segments)
+        assert (inputs[0].shape[0], inputs[2] is None) == ((2, False) if policy.shares else (8, True))
+        logps_BT, entropy_BT, mask_BT = policy(*inputs)
         weight_BT = torch.arange(1, mask_BT.numel() + 1).reshape(mask_BT.shape)
         ((logps_BT + 0.1 * entropy_BT) * weight_BT).sum().backward()
         gradients = torch.cat([p.grad.to_local().flatten() for p in policy.parameters()])
         found.append((logps_BT.detach(), entropy_BT.detach(), gradients))
         policy.zero_grad()
+        monkeypatch.setattr(policies.Policy, "shares", False)
     for mine, plain in zip(*found, strict=True):
         assert (mine - plain).norm() / plain.norm() < 1e-5
     same, other = found[0][0][[0, 3]], found[0][0][4]  # one answer twice in its row, and another
@@ -121,23 +124,36 @@ def test_answers_that_share_a_prompt_are_as_if_they_did_not(family, device, tmp_
 def test_models_whose_layers_see_less_or_remember_more_do_not_share(family, device, tmp_path):
     config = AutoConfig.for_model(family, **OTHERS[family])
     config._attn_implementation = "sdpa"
-    policy = policies.Policy(torch.nn.Module(), 64, 1.0)
-    policy.lm.config = config
+    lm = torch.nn.Module()
+    lm.config = config
+    policy = policies.Policy(lm, 64, 1.0)
     assert not policy.shares
-    assert policy.rows(9, [1, 1, 1], 100) == [[0], [1], [2]]
+    assert policy.split(9, [1, 1, 1], 100) == [[0], [1], [2]]
 
 
-def test_what_shares_a_row(policy):
-    """Short answers to a longer prompt do; a row ends at the limit and where attention would cost more."""
-    assert policy.rows(8, [4] * 8, 4096) == [[0, 1, 2, 3, 4, 5, 6, 7]]
-    assert policy.rows(8, [4, 5, 3, 4], 17) == [[0, 1], [2, 3]]
-    assert policy.rows(8, [500, 2], 4096) == [[0], [1]]
-    assert policy.rows(100, [200, 2], 4096) == [[0, 1]]
-    assert policy.rows(8, [], 4096) == []
+def test_what_shares_a_prompt(policy):
+    """Short answers to a longer prompt do, up to the limit and to where attention would cost more."""
+    assert policy.split(8, [4] * 8, 4096) == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert policy.split(8, [4, 5, 3, 4], 17) == [[0, 1], [2, 3]]
+    assert policy.split(8, [500, 2], 4096) == [[0], [1]]
+    assert policy.split(100, [200, 2], 4096) == [[0, 1]]
+    assert policy.split(8, [], 4096) == []
+
+
+def test_short_segments_fill_the_rows_of_long_ones(policy):
+    """At most a tenth is padding, even with a heavy tail; a mask costs long rows more than it saves."""
+    assert policies.first_fit([3, 9, 4, 2, 5]) == ([18, 0, 9 + 5, 18 + 3, 9], 3)
+    rng = random.Random(0)
+    segments = [([5] * 8, [[6] * min(64, int(rng.paretovariate(1.1))) for _ in range(4)]) for _ in range(64)]
+    real = sum(len(prompt) + sum(map(len, answers)) for prompt, answers in segments)
+    ids_RL = policy.collate(segments)[0]
+    assert ids_RL.count_nonzero() == real > 0.9 * ids_RL.numel()
+    long = [([5] * 8, [[6] * 400]), ([5] * 8, [[6] * 200]), ([5] * 8, [[6] * 180])]
+    assert policy.collate(long)[0].shape == (3, 408) and policy.collate(long)[2] is None
 
 
 def test_entropy_is_that_of_the_next_token(policy):
-    _, entropy_BT, mask_BT = policy(*policies.collate(alone(SEQUENCES[:1]), policy.device))
+    _, entropy_BT, mask_BT = policy(*policy.collate(alone(SEQUENCES[:1])))
     prompt, completion = SEQUENCES[0]
     model = AutoModelForCausalLM.from_pretrained(TOY)
     probs = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].softmax(-1)
@@ -170,7 +186,7 @@ def test_gradients_of_logps_and_entropies_equal_autograd_through_whole_logits(mo
 
 def gradient(policy, batches):
     for batch in batches:
-        logps_BT, _, _ = policy(*policies.collate(alone(batch), policy.device))
+        logps_BT, _, _ = policy(*policy.collate(alone(batch)))
         (logps_BT.sum(-1) * torch.arange(1, len(logps_BT) + 1) * (len(batch) > 0)).sum().backward()
     return torch.cat([p.grad.to_local().flatten() for p in policy.parameters()])
 

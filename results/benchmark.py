@@ -1,0 +1,285 @@
+"""How fast each part is, and the whole loop: python results/benchmark.py
+
+The toy by default; `--random 576,30,9,3,1536,49152` makes a random model of that shape (hidden, layers,
+heads, key-value heads, intermediate, vocabulary; this one is SmolLM2-135M's) with as many words in its
+tokenizer. Every figure is the median of --repeats, least and most in brackets; what is compared takes turns
+in one process.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+PARTS = ["generate", "update", "padding", "reload", "save", "linear", "loop"]
+
+
+def get_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=PARTS)
+    add("--model", default=str(ROOT / "toy" / "model"))
+    add("--random", metavar="SHAPE", help="a random model instead, see above")
+    add("--sampler", choices=["vllm", "hf"], default="vllm")
+    add("--prompts", type=int, default=32, help="a step")
+    add("--samples", type=int, default=8, help="answers to a prompt")
+    add("--prompt-tokens", type=int, default=8)
+    add("--new-tokens", type=int, default=8, help="most tokens of an answer")
+    add("--windows", type=int, nargs="+", default=[1, 4, 16, 64], help="steps generated in one call")
+    add("--micro-batch-tokens", type=int, default=4096)
+    add("--repeats", type=int, default=5)
+    add("--threads", type=int, default=1, help="of torch on a CPU")
+    add("--json", type=Path, help="also write the figures, versions, commit and hardware to this file")
+    return parser.parse_args()
+
+
+def random_model(shape: str, directory: str, length: int) -> str:
+    """A Llama of that shape with tied matrices, and a tokenizer whose words are w0, w1, ..."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    hidden, layers, heads, kv, intermediate, vocab = map(int, shape.split(","))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+        intermediate_size=intermediate, vocab_size=vocab, max_position_embeddings=max(256, length),
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", chat_template=template).save_pretrained(
+        directory
+    )
+    return directory
+
+
+def repeated(repeats: int, *jobs) -> list[list[float]]:
+    """Seconds of each job, which take turns; each runs once more before, uncounted."""
+    import torch
+
+    seconds = [[] for _ in jobs]
+    for turn in range(repeats + 1):
+        for job, taken in zip(jobs, seconds, strict=True):
+            began = time.perf_counter()
+            job()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                taken.append(time.perf_counter() - began)
+    return seconds
+
+
+class Bench:
+    def __init__(self, args, model: str):
+        import torch
+
+        import policy as policies
+        import sampler as samplers
+
+        self.args, self.found = args, {}
+        torch.set_num_threads(args.threads)
+        _, _, self.device = policies.start()
+        self.dtype, length = policies.compute_dtype(self.device), args.prompt_tokens + args.new_tokens
+        self.tokenizer = policies.load_tokenizer(model, length)
+        self.policy = policies.load_policy(model, self.device, len(self.tokenizer), 1.0)
+        engine = (self.tokenizer, self.device, self.dtype, length, 0.3, False)
+        self.sampler = samplers.load_sampler(args.sampler, model, *engine)
+        self.bytes = sum(p.numel() * p.element_size() for p in self.policy.parameters())
+        self.rng = random.Random(0)
+
+    def ids(self, tokens: int) -> list[int]:
+        return [self.rng.randrange(4, min(len(self.tokenizer), 2**15)) for _ in range(tokens)]
+
+    def prompts(self, count: int) -> list[list[int]]:
+        return [self.ids(self.args.prompt_tokens) for _ in range(count)]
+
+    def rows(self, count: int) -> list:
+        """Rows of a forward for `count` prompts, with answers of heavy-tailed lengths (log-normal)."""
+        rows, most = [], self.args.new_tokens
+        for prompt in self.prompts(count):
+            lengths = [
+                min(most, 1 + int(self.rng.lognormvariate(math.log(most / 4), 1)))
+                for _ in range(self.args.samples)
+            ]
+            answers = [self.ids(length) for length in lengths]
+            parts = self.policy.split(len(prompt), lengths, self.args.micro_batch_tokens)
+            rows += [(prompt, [answers[i] for i in part]) for part in parts]
+        return rows
+
+    def put(self, name: str, values: list[float], unit: str):
+        self.found[name] = {"unit": unit, "values": values}
+        middle, least, most = (f"{f(values):,.4g}" for f in (statistics.median, min, max))
+        print(f"| {name} | {middle} ({least} to {most}) | {unit} |", flush=True)
+
+    def put_ratio(self, name: str, over: list[float], under: list[float]):
+        self.put(name, [a / b for a, b in zip(over, under, strict=True)], "times")
+
+    # ---- the parts
+
+    def generate(self):
+        args, tokens = self.args, {}
+
+        def job(window, prompts):
+            def run():
+                groups = self.sampler.generate(prompts, args.samples, args.new_tokens, 1.0, seed=0)
+                tokens[window] = sum(len(c.ids) for group in groups for c in group)
+
+            return run
+
+        jobs = [job(window, self.prompts(window * args.prompts)) for window in args.windows]
+        speeds = {}
+        for window, seconds in zip(args.windows, repeated(args.repeats, *jobs), strict=True):
+            speeds[window] = [tokens[window] / s for s in seconds]
+            self.put(f"generate, window of {window}", speeds[window], "tokens/s")
+        first, *others = args.windows
+        for window in others:
+            self.put_ratio(f"generate, window of {window} against {first}", speeds[window], speeds[first])
+
+    def forward_backward(self, rows, backward=True):
+        import torch
+
+        import policy as policies
+
+        def run():
+            widths = [len(prompt) + sum(map(len, answers)) for prompt, answers in rows]
+            for batch in policies.micro_batches(widths, [1] * len(rows), self.args.micro_batch_tokens):
+                with torch.set_grad_enabled(backward):
+                    logps_BT, _, _ = self.policy(*self.policy.collate([rows[i] for i in batch]))
+                    if backward:
+                        logps_BT.sum().backward()
+            self.policy.zero_grad()
+
+        return run
+
+    def update(self):
+        rows = self.rows(self.args.prompts)
+        alone = [(prompt, [answer]) for prompt, answers in rows for answer in answers]
+        tokens = sum(len(prompt) + len(answer) for prompt, [answer] in alone)
+        jobs = [self.forward_backward(rows, False), self.forward_backward(rows), self.forward_backward(alone)]
+        forward, both, apart = repeated(self.args.repeats, *jobs)
+        self.put("log-probs, forward", [tokens / s for s in forward], "tokens/s")
+        self.put("log-probs, forward and backward", [tokens / s for s in both], "tokens/s")
+        self.put_ratio("the same, a row for each answer, against shared prompts", apart, both)
+
+    def padding(self):
+        import policy as policies
+
+        shares = []
+        for _ in range(self.args.repeats):
+            rows = self.rows(self.args.prompts)
+            sizes = [len(prompt) + sum(map(len, answers)) for prompt, answers in rows]
+            batches = policies.micro_batches(sizes, [1] * len(rows), self.args.micro_batch_tokens)
+            padded = sum(self.policy.collate([rows[i] for i in batch])[0].numel() for batch in batches)
+            shares.append(100 * (1 - sum(sizes) / padded))
+        self.put("padding of the update's tokens", shares, "%")
+
+    def reload(self):
+        from itertools import count
+
+        version, held = count(1), dict(self.policy.full_weights(self.dtype))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+        jobs = [
+            lambda: self.sampler.reload(self.policy.full_weights(self.dtype), next(version)),
+            lambda: [tensor.clone() for tensor in held.values()],
+        ]
+        seconds, copies = repeated(self.args.repeats, *jobs)
+        self.put("reload", seconds, "s")
+        self.put("reload", [size / s / 1e9 for s in seconds], "GB/s")
+        self.put_ratio("reload against a copy in memory", seconds, copies)
+
+    def save(self):
+        import torch
+
+        import checkpoint as checkpoints
+
+        optimizer = torch.optim.AdamW(self.policy.parameters())
+        with tempfile.TemporaryDirectory() as folder:
+            run = SimpleNamespace(directory=Path(folder), facts={}, sizes=dict, say=lambda text: None)
+            progress = checkpoints.Progress(window=self.policy.snapshot(self.dtype))
+            job = lambda: checkpoints.save(run, progress, 0, self.policy, optimizer, [], 1)  # noqa: E731
+            [seconds] = repeated(self.args.repeats, job)
+            size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+        self.put("save inside a window", seconds, "s")
+        self.put("save inside a window", [size / s / 1e9 for s in seconds], "GB/s")
+
+    def linear(self):
+        sizes = [8, 32, 128, 256]
+        rows = {size: self.rows(size) for size in sizes}
+        prompts = {size: self.prompts(size) for size in sizes}
+        n = self.args.samples
+        jobs = [self.forward_backward(rows[size]) for size in sizes]
+        jobs += [
+            lambda size=size: self.sampler.generate(prompts[size], n, self.args.new_tokens, 1.0, seed=0)
+            for size in sizes
+        ]
+        seconds = repeated(self.args.repeats, *jobs)
+        for name, part in (("update", seconds[:4]), ("generate", seconds[4:])):
+            for size, taken in zip(sizes, part, strict=True):
+                self.put(f"{name}, {size} prompts", [size * n / s for s in taken], "answers/s")
+
+    def loop(self):
+        """Its own process, on the toy's data: the model has to know its words."""
+        if self.args.random:
+            return
+        for script in ("train_grpo.py", "train_dpo.py"):
+            for s in (1, 10):
+                with tempfile.TemporaryDirectory() as folder:
+                    flags = f"--sync-steps {s} --steps 40 --eval-every 0 --save-every 0 --out {folder}/run"
+                    flags += f" --sampler {self.args.sampler} --model {self.args.model}"
+                    environment = os.environ | {"OMP_NUM_THREADS": str(self.args.threads)}
+                    began = time.time()
+                    command = [sys.executable, str(ROOT / script), *flags.split()]
+                    subprocess.run(command, check=True, capture_output=True, env=environment)
+                    whole = time.time() - began
+                    lines = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
+                    seconds = [m["time/step"] for m in lines][10:]
+                name = f"{script}, s = {s}"
+                windows = [statistics.fmean(seconds[i : i + 10]) for i in range(0, 30, 10)]
+                self.put(f"{name}: a step", windows, "s")
+                self.put(f"{name}: 40 steps, start and end included", [whole], "s")
+
+
+def hardware() -> dict:
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": names[:1], "cores": os.cpu_count(), "gpu": gpu}
+
+
+def main():
+    args = get_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        length = args.prompt_tokens + args.new_tokens
+        bench = Bench(args, random_model(args.random, folder, length) if args.random else args.model)
+        print(f"{' '.join(sys.argv)}\n{json.dumps(hardware())}, {args.threads} thread(s)")
+        print("| what | median (least to most) | |\n|---|---|---|")
+        for part in args.parts:
+            getattr(bench, part)()
+    if args.json:
+        import run as runs
+
+        flags = {name: str(value) for name, value in vars(args).items()}
+        facts = {"flags": flags, **runs.provenance(), "hardware": hardware(), "figures": bench.found}
+        runs.write_whole(args.json, json.dumps(facts, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
