@@ -94,7 +94,8 @@ def test_every_flag_named_is_declared(capsys):
     with contextlib.suppress(SystemExit):
         data.get_args(["--help"])
     declared = capsys.readouterr().out
-    others = {"--no-deps", "--extra-index-url", "--nproc-per-node", "--help", "--model_outputs"}
+    others = {"--no-deps", "--extra-index-url", "--help", "--model_outputs"}
+    others |= {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"}
     assert {flag for flag in re.findall(r"--[a-z][a-z_-]+", README) if flag not in declared} <= others
 
 
