@@ -16,7 +16,7 @@ run() { # name, flags
     echo "$1 failed, see $out.log"
     return 255
   fi
-  rm -f "$out.log"
+  rm -rf "$out.partial/checkpoints" "$out.log"
   mv "$out.partial" "$out"
   echo "$1 done"
 }

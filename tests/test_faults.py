@@ -128,6 +128,17 @@ class Reaper:
         return call
 
 
+def test_a_checkpoint_of_the_same_step_is_replaced(save, tmp_path):
+    save(3)
+    first = shards(tmp_path / "checkpoints" / "step-000003")
+    save(3)
+    assert [d.name for d in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+    second = shards(resume(tmp_path).directory)
+    assert second.keys() == first.keys()
+    moment = "exp_avg.model.norm.weight"  # the second update is in it: 0.1, then 0.19
+    assert (first[moment] < 0.11).all() and (second[moment] > 0.18).all()
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_at_every_stage_of_saving(save, tmp_path, when):
     """A checkpoint is found whole or not at all, and the one before stays until then."""
