@@ -116,3 +116,8 @@ def test_the_results_are_those_of_the_logs():
     toy, mixed = done.stdout.split("\n\n")
     assert toy.count("\n") == 1 + 8 and mixed.count("\n") == 2 + 6
     assert toy + "\n\n" in README and mixed in README
+
+
+def test_the_memory_table_is_the_scripts():
+    command = [sys.executable, ROOT / "results" / "memory.py"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout in README
