@@ -10,6 +10,7 @@ everything a step does is in it: generation, reward, update, reload, logging. St
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -19,12 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-RUNS = ["grpo 1 vllm", "grpo 1 hf", "grpo 10 vllm", "grpo 10 hf", "dpo 1 vllm", "dpo 1 hf"]
+RUNS = ["grpo 1 vllm", "grpo 1 hf", "grpo 10 vllm", "grpo 10 hf"]
+RUNS += ["dpo 1 vllm", "dpo 1 hf", "dpo 10 vllm", "dpo 10 hf"]  # TRL's online DPO has no window: always s = 1
 RATE = 1e-6  # learning rate: the answers' lengths stay those of the model
 
 
@@ -198,16 +201,7 @@ def measure(args):
 def one(args, run: str, side: str) -> dict:
     """Runs a side; samples a second of each window, tokens an answer, seconds until the first step, bytes."""
     flags = []
-    for name in (
-        "model",
-        "prompts",
-        "samples",
-        "new_tokens",
-        "max_prompt_tokens",
-        "windows",
-        "beta",
-        "trl_dtype",
-    ):
+    for name in sorted(vars(args).keys() - {"runs", "pairs", "json", "side", "threads"}):
         flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     if run.startswith("dpo"):
         flags[flags.index("--samples") + 1] = "2"
@@ -223,7 +217,7 @@ def one(args, run: str, side: str) -> dict:
     return {
         "speed": [answers * window / (b - a) for a, b in itertools.pairwise(ends)],
         "answers": answers, "length": sum(report["tokens"]) / sum(report["answers"]),
-        "start": report["times"][0] - report["began"], "peak": report["peak"],
+        "start": report["times"][0] - report["began"], "peak": report["peak"], "threads": report["threads"],
     }  # fmt: skip
 
 
@@ -231,6 +225,13 @@ def main():
     args = get_args()
     if args.side:
         return measure(args)
+    if importlib.util.find_spec("trl") is None:
+        raise SystemExit("TRL is not installed: pip install trl")
+    sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+    from benchmark import hardware
+
+    import run as runs
+
     found = {}
     for run in tqdm(args.runs, disable=None):
         found[run] = {"ours": [], "trl": []}
@@ -240,10 +241,10 @@ def main():
         mine, theirs = ([report["length"] for report in found[run][side]] for side in ("ours", "trl"))
         if not 0.95 < statistics.fmean(mine) / statistics.fmean(theirs) < 1.05:
             raise SystemExit(f"{run}: not the same work: {mine} against {theirs} tokens an answer")
-        answers = {round(report["answers"]) for side in found[run].values() for report in side}
-        if len(answers) > 1:
-            raise SystemExit(f"{run}: not the same work: {answers} answers a step")
-    print(f"{' '.join(sys.argv)}")
+        same = {(round(r["answers"]), r["threads"]) for side in found[run].values() for r in side}
+        if len(same) > 1:
+            raise SystemExit(f"{run}: not the same work: (answers a step, threads) are {same}")
+    print(f"{' '.join(sys.argv)}\n{json.dumps(hardware())}\n")
     print("| run | ours: samples/s | TRL: samples/s | ratio | tokens an answer | start, s | peak, GB |")
     print("|---|---|---|---|---|---|---|")
     for run, sides in found.items():
@@ -261,7 +262,8 @@ def main():
             cells.append(" / ".join(form % (value / scale) for value in values))
         print(f"| {run} | {' | '.join(cells)} |")
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        facts = {**runs.provenance(), "trl": version("trl"), "hardware": hardware(), "found": found}
+        runs.write_whole(args.json, json.dumps(facts, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":
