@@ -250,8 +250,11 @@ def _tensors(policy, optimizer, progress: Progress) -> dict[str, DTensor]:
             state = optimizer.state[p]  # empty if no update was finite so far
             tensors[f"{moment}.{name}"] = state[moment] if state else torch.zeros_like(p)
         if progress.window is not None:
-            shard, like = progress.window[i], {"shape": p.shape, "stride": p.stride()}
-            tensors[f"window.{name}"] = DTensor.from_local(shard, _host(p.device_mesh), p.placements, **like)
+            shard = progress.window[i]
+            if isinstance(p, DTensor):
+                like = {"shape": p.shape, "stride": p.stride()}
+                shard = DTensor.from_local(shard, _host(p.device_mesh), p.placements, **like)
+            tensors[f"window.{name}"] = shard
     return tensors
 
 

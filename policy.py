@@ -79,6 +79,8 @@ def stop():
 
 def gather(items: list) -> list:
     """The items of all ranks on every rank, in the order from which `[rank::world]` dealt them out."""
+    if dist.get_world_size() == 1:
+        return list(items)
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, items)
     return [item for deal in itertools.zip_longest(*parts) for item in deal if item is not None]
@@ -177,6 +179,9 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.vocab, self.temperature = lm, vocab, temperature
         self.config = lm.config.get_text_config()
+        # whether a row can hold several answers: every layer has full attention and takes any mask
+        kinds = getattr(self.config, "layer_types", None) or [getattr(self.config, "sliding_window", None)]
+        self.shares = self.config._attn_implementation == "sdpa" and set(kinds) <= {"full_attention", None}
 
     def forward(self, ids_RL, place_RL, segment_RL, answer_RL, source_N, target_N, mask_BT):
         """Log-prob of every answer token under softmax(logits / temperature) over the tokenizer's ids.
@@ -206,7 +211,7 @@ class Policy(nn.Module):
         short prompt. (A token's 24 H^2 flops in the matrices of a layer are those of 6 H pairs of attention.)
         """
         segments, width = [], 0
-        for i, answer in enumerate(answers):
+        for i, answer in enumerate(tokens_read(length) for length in answers):
             saved = prompt * (prompt + 2 * answer + 6 * self.config.hidden_size)
             fits = width + answer <= max_tokens and MASKED * 2 * width * answer < saved
             if segments and self.shares and fits:
@@ -230,7 +235,7 @@ class Policy(nn.Module):
         collectives of the pass; the caller gives it no weight.
         """
         segments = segments or [([0], [[0]])]
-        sizes = [len(prompt) + sum(map(len, answers)) for prompt, answers in segments]
+        sizes = [segment_width(*segment) for segment in segments]
         width, masked = max(sizes), any(len(answers) > 1 for _, answers in segments)
         padding = 1 - sum(sizes) / (width * len(sizes))
         starts, rows = [width * i for i in range(len(sizes))], len(sizes)
@@ -243,12 +248,13 @@ class Policy(nn.Module):
             ids[start:end], places[start:end] = prompt, range(len(prompt))
             source_of_first = end - 1
             for k, answer in enumerate(answers, 1):
-                source += [source_of_first, *range(end, end + len(answer))][: len(answer)]
+                size = tokens_read(len(answer))
+                source += [source_of_first, *range(end, end + size)][: len(answer)]
                 target += answer
-                part = slice(end, end + len(answer))
-                ids[part], places[part] = answer, range(len(prompt), len(prompt) + len(answer))
-                answer_of[part] = [k] * len(answer)
-                end += len(answer)
+                part = slice(end, end + size)
+                ids[part], places[part] = answer[:size], range(len(prompt), len(prompt) + size)
+                answer_of[part] = [k] * size
+                end += size
             segment[start:end] = [i] * (end - start)
         table = torch.tensor([ids, places, segment, answer_of], device=self.device)
         ids_RL, place_RL, segment_RL, answer_RL = table.reshape(4, rows, width)
@@ -259,12 +265,6 @@ class Policy(nn.Module):
         mask_BT = torch.arange(length_B.max(), device=self.device) < length_B[:, None]
         return ids_RL, place_RL, segment_RL, answer_RL, source_N, target_N, mask_BT
 
-    @property
-    def shares(self) -> bool:
-        """Whether a row can hold several answers: every layer has full attention and takes any mask."""
-        kinds = getattr(self.config, "layer_types", None) or [getattr(self.config, "sliding_window", None)]
-        return self.config._attn_implementation == "sdpa" and set(kinds) <= {"full_attention", None}
-
     @torch.no_grad()
     def logps(self, sequences: list[tuple[list[int], list[int]]], max_tokens=2**14) -> list[torch.Tensor]:
         """Log-probs of each (prompt ids, completion ids): float32 [len(completion)], on the CPU, no gradient.
@@ -272,10 +272,10 @@ class Policy(nn.Module):
         Collective: every rank calls it together, with as many sequences as it has (none is fine).
         """
         out = [torch.zeros(0)] * len(sequences)
-        widths = [len(prompt) + len(completion) for prompt, completion in sequences]
+        segments = [(prompt, [completion]) for prompt, completion in sequences]
+        widths = [segment_width(*segment) for segment in segments]
         for batch in micro_batches(widths, [1] * len(widths), max_tokens):
-            segments = [(prompt, [completion]) for prompt, completion in (sequences[i] for i in batch)]
-            logps_BT, _, mask_BT = self(*self.collate(segments))
+            logps_BT, _, mask_BT = self(*self.collate([segments[i] for i in batch]))
             for row, i in enumerate(batch):
                 out[i] = logps_BT[row][mask_BT[row]].cpu()
         return out
@@ -286,13 +286,13 @@ class Policy(nn.Module):
 
     def snapshot(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """A copy of this rank's shards in host memory, in `dtype`: enough to bring these weights back."""
-        return [p.detach().to_local().to("cpu", dtype, copy=True) for p in self.lm.parameters()]
+        return [local(p.detach()).to("cpu", dtype, copy=True) for p in self.lm.parameters()]
 
     @torch.no_grad()
     def restore(self, shards: list[torch.Tensor]):
         """Takes over a snapshot of the same model on the same ranks; this is how the reference follows."""
         for p, shard in zip(self.lm.parameters(), shards, strict=True):
-            p.to_local().copy_(shard)
+            local(p).copy_(shard)
 
     def full_weights(
         self, dtype: torch.dtype, shards: list | None = None
@@ -301,14 +301,15 @@ class Policy(nn.Module):
 
         Collective, within the ranks that shard it: each must exhaust it. `shards` walks a snapshot instead of
         the weights of now. The cast comes before the gathering, to halve what is sent. Tied matrices come
-        once, by their first name.
+        once, by their first name. A tensor may be the parameter itself: read it before the next update.
         """
         for i, (name, p) in enumerate(self.lm.named_parameters()):
-            p = p.detach()
-            if shards is not None:
-                local = shards[i].to(p.device)
-                p = DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-            yield name, p.to(dtype).full_tensor()
+            part = local(p.detach()) if shards is None else shards[i].to(p.device)
+            part = part.to(dtype)
+            if isinstance(p, DTensor):
+                like = {"shape": p.shape, "stride": p.stride()}
+                part = DTensor.from_local(part, p.device_mesh, p.placements, **like).full_tensor()
+            yield name, part
 
     def export(self, directory: Path, tokenizer):
         """Writes an ordinary Hugging Face directory in the dtype of the original; collective, rank 0 writes.
@@ -373,15 +374,20 @@ def load_policy(
     policy = Policy(lm, vocab, temperature)
     mesh = mesh or device_mesh(device, None)
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
+    if device.type == "cpu" and dist.get_world_size() == 1:  # nothing to shard, nothing to cast in a forward:
+        return _cast_parameters(policy, dtype)  # FSDP would only cost the toy a seventh of its step
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     units = list(layers) if embedding.weight is head.weight else [embedding, *layers]
-    if device.type == "cpu" and dist.get_world_size() == 1:
-        units = []  # gathering from itself costs the toy a tenth of an update: let the root do it once
     for unit in units:  # so that only one is whole on the device at a time; the head is the root's
         fully_shard(_cast_parameters(unit, dtype), mesh=mesh, mp_policy=precision)
     # the root too gives its full weights back after a forward: outside of one, parameters are always shards
     _cast_parameters(policy, dtype)
     return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+
+
+def local(p: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a parameter, gradient or moment: all of it on one CPU rank, without shards."""
+    return p.to_local() if isinstance(p, DTensor) else p
 
 
 def _cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -398,6 +404,15 @@ def clip_gradients(policy: Policy, max_norm: float) -> float:
     """Scales all gradients to a global norm of at most `max_norm`; returns the norm before, or 0."""
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def tokens_read(length: int) -> int:
+    """Tokens of an answer that the model reads: all but the last, after which nothing is predicted."""
+    return max(0, length - 1)
+
+
+def segment_width(prompt: list[int], answers: list[list[int]]) -> int:
+    return len(prompt) + sum(tokens_read(len(answer)) for answer in answers)
 
 
 def micro_batches(widths: list[int], rows: list[int], max_tokens: int) -> list[list[int]]:

@@ -13,7 +13,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -316,11 +315,12 @@ def group_sums(step: int, groups: list) -> Counter:
     sums = Counter()
     for row, completions in groups:
         scored = [c.reward for c in completions if c.reward is not None]
+        mean = sum(scored) / max(1, len(scored))
         sums.update(
             {
                 "groups": 1,
                 "equal": len(set(scored)) < 2,
-                "std": statistics.pstdev(scored) if scored else 0.0,
+                "std": math.sqrt(sum((r - mean) ** 2 for r in scored) / max(1, len(scored))),
                 "scored": len(scored),
                 "reward": sum(scored),
                 "completions": len(completions),

@@ -21,7 +21,8 @@ import torch
 # only the order of sums differs (mean 3e-7 for the toy, 1.5e-5 for a 135M model); in bfloat16 single tokens
 # are off by tenths, which average out.
 GAP_LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 2.0)}
-TEST_TOKENS = 2  # of each answer of the self-test: one that ends the prompt's pass, one of a pass of its own
+# Of the self-test: answers, and the first tokens of each (the pass over the prompt yields only the first one)
+TEST_ANSWERS, TEST_TOKENS = 8, 4
 SPOTS = 4096  # entries of each tensor that are read back from the engine after a reload
 HF_BATCH = (256, 2**17)  # most sequences, and most tokens of keys and values, in one call of transformers
 
@@ -112,25 +113,20 @@ class VLLMSampler:
             self.llm.wake_up()
             self.asleep = 0
         self._forget()
-        # logprobs=0: of the sampled token only
+        # logprobs=0: of the sampled token only; flat: no object for each token
         params = self.SamplingParams(
             n=n, temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0,
-            stop_token_ids=self.stop_ids, detokenize=False,
+            stop_token_ids=self.stop_ids, detokenize=False, flat_logprobs=True,
         )  # fmt: skip
         torch.manual_seed(seed)  # the engine runs in this process: it draws from torch's own generator
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         completions = [completion for output in outputs for completion in output.outputs]
         texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         made = [
-            Completion(
-                list(c.token_ids),
-                [step[i].logprob for i, step in zip(c.token_ids, c.logprobs, strict=True)],
-                text,
-                c.finish_reason,
-                self.version,
-            )
+            Completion(list(c.token_ids), c.logprobs.logprobs, text, c.finish_reason, self.version)
             for c, text in zip(completions, texts, strict=True)
         ]
+        assert all(c.logprobs.token_ids == m.ids for c, m in zip(completions, made, strict=True))
         return [made[i : i + n] for i in range(0, len(made), n)]
 
     def reload(self, weights: Iterable[tuple[str, torch.Tensor]], version: int):
@@ -249,14 +245,16 @@ def _complaint(model, spots: dict) -> str | None:
 
 
 class HFSampler:
-    """The same interface on `transformers.generate`; slower, but runs wherever the policy does."""
+    """The same interface on a transformers model; slower, but runs wherever the policy does.
+
+    Shapes: P prompts, B answers (n to a prompt), V vocabulary; L tokens of the longest prompt, then growing.
+    """
 
     def __init__(self, model: str, tokenizer, stop_ids, device, dtype, trust: bool):
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoModelForCausalLM
 
         self.lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust)
         self.lm.to(device).requires_grad_(False)
-        self.lm.generation_config = GenerationConfig()  # no sampling defaults of the model's own
         self.tokenizer, self.stop_ids, self.dtype, self.version = tokenizer, stop_ids, dtype, 0
 
     def generate(self, prompts, n, max_new_tokens, temperature, seed, top_p=1.0) -> list[list[Completion]]:
@@ -268,31 +266,40 @@ class HFSampler:
             groups += self._generate(prompts[start : start + size], n, max_new_tokens, temperature, top_p)
         return groups
 
+    @torch.no_grad()
     def _generate(self, prompts, n, max_new_tokens, temperature, top_p):
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.lm.device)
-        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.lm.device)
-        record, more = _RecordLogps(len(self.tokenizer), temperature, top_p), {}
-        if n > 1 and width > 1:  # each prompt once, all but its last token, which `generate` begins with
-            place = (real.cumsum(-1) - 1).clamp(min=0)[:, :-1]
-            with torch.no_grad():
-                prefix = self.lm(ids[:, :-1], attention_mask=real[:, :-1], position_ids=place, use_cache=True)
-            prefix.past_key_values.batch_repeat_interleave(n)
-            more["past_key_values"] = prefix.past_key_values
-        out = self.lm.generate(
-            ids.repeat_interleave(n, 0), attention_mask=real.repeat_interleave(n, 0),
-            max_new_tokens=max_new_tokens, do_sample=temperature > 0, top_k=0, eos_token_id=self.stop_ids,
-            pad_token_id=0, logits_processor=[record], **more,
-        )  # fmt: skip
-        record.take(out)
-        logps_BT = torch.cat(record.taken, -1)
+        width, device = max(map(len, prompts)), self.lm.device
+        ids_PL = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+        mask_PL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        place_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
+        out = self.lm(ids_PL, attention_mask=mask_PL, position_ids=place_PL, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values  # each prompt is read once, for all its answers
+        cache.batch_repeat_interleave(n)
+        logits_BV, mask_BL, place_B1 = (
+            x.repeat_interleave(n, 0) for x in (out.logits[:, -1], mask_PL, place_PL[:, -1:])
+        )
+        stop = torch.tensor(self.stop_ids, device=device)
+        ids, logps, going_B = [], [], torch.ones(len(mask_BL), dtype=torch.bool, device=device)
+        while True:
+            logp_BV = _log_softmax(logits_BV[:, : len(self.tokenizer)], temperature, top_p)
+            id_B1 = logp_BV.exp().multinomial(1) if temperature else logp_BV.argmax(-1, keepdim=True)
+            ids.append(id_B1)
+            logps.append(logp_BV.gather(-1, id_B1))
+            going_B &= ~torch.isin(id_B1[:, 0], stop)
+            if len(ids) == max_new_tokens or not going_B.any():
+                break
+            mask_BL, place_B1 = torch.cat([mask_BL, mask_BL[:, -1:]], -1), place_B1 + 1
+            out = self.lm(
+                id_B1, attention_mask=mask_BL, position_ids=place_B1, past_key_values=cache, use_cache=True
+            )
+            logits_BV = out.logits[:, -1]
         made = []
-        for sampled, logps in zip(out[:, width:].tolist(), logps_BT.tolist(), strict=True):
+        for sampled, logp in zip(torch.cat(ids, -1).tolist(), torch.cat(logps, -1).tolist(), strict=True):
             end = next((t for t, i in enumerate(sampled) if i in self.stop_ids), None)
             length = len(sampled) if end is None else end + 1
             text = self.tokenizer.decode(sampled[:length], skip_special_tokens=True)
             finish = "length" if end is None else "stop"
-            made.append(Completion(sampled[:length], logps[:length], text, finish, self.version))
+            made.append(Completion(sampled[:length], logp[:length], text, finish, self.version))
         return [made[i : i + n] for i in range(0, len(made), n)]
 
     def reload(self, weights, version):
@@ -315,29 +322,17 @@ class HFSampler:
         pass
 
 
-class _RecordLogps:
-    """A transformers logits processor: temperature, top-p and the ban on padded ids, and the log-prob of each
-    sampled token under what results. `output_scores` would keep whole rows of the vocabulary for every token.
+def _log_softmax(logits_BV, temperature: float, top_p: float):
+    """Of the distribution that is sampled from: the likeliest ids that together have `top_p`, renormalized.
+    Temperature 0 is greedy, with the model's own log-probs.
     """
-
-    def __init__(self, vocab: int, temperature: float, top_p: float):
-        from transformers import TopPLogitsWarper
-
-        self.vocab, self.temperature = vocab, temperature or 1.0  # 0: greedy, whose log-probs are the model's
-        self.top_p = TopPLogitsWarper(top_p)
-        self.last, self.taken = None, []  # of the token that is being sampled; of those before it
-
-    def __call__(self, ids, logits):
-        self.take(ids)
-        logits[:, self.vocab :] = -float("inf")
-        logits = self.top_p(ids, logits / self.temperature)
-        self.last = logits.log_softmax(-1)
-        return logits
-
-    def take(self, ids):
-        """`ids` ends with the tokens that were sampled from the rows of the last call."""
-        if self.last is not None:
-            self.taken.append(self.last.gather(-1, ids[:, -1:]))
+    logp_BV = (logits_BV.float() / (temperature or 1)).log_softmax(-1)
+    if top_p == 1:
+        return logp_BV
+    sorted_BV, order_BV = logp_BV.sort(descending=True)
+    before_BV = sorted_BV.exp().cumsum(-1) - sorted_BV.exp()  # of the ids that are likelier
+    out_BV = (before_BV >= top_p).scatter(-1, order_BV, before_BV >= top_p)
+    return logp_BV.masked_fill(out_BV, -math.inf).log_softmax(-1)
 
 
 def load_sampler(
@@ -370,38 +365,39 @@ def require(kind: str):
         raise ArgumentError(None, f"--sampler vllm: vLLM is not installed; {ways}")
 
 
-def self_test(
-    sampler, policy_logps: Callable, prompts: list[list[int]], max_new_tokens: int, temperature: float
-) -> tuple[dict[str, float], list[Completion]]:
-    """Lets the sampler begin an answer to each of a fixed batch of prompts and scores it with the policy.
+def self_test(sampler, policy_logps: Callable, prompts: list[list[int]], answers: list[Completion]) -> dict:
+    """Scores the beginnings of the first answers after a reload with the policy that the weights came from.
 
     policy_logps: list of (prompt ids, completion ids) -> list of log-prob tensors; collective if the policy
-    is sharded. Returns sampler/logp_gap_mean and _max of |policy - sampler| over tokens (nats) on this rank,
-    and the answers; raises SyncError, with the worst token, where the gaps are beyond GAP_LIMITS of the
-    sampler's dtype.
+    is sharded, and then so is this. Returns sampler/logp_gap_mean and _max of |policy - sampler| over tokens
+    (nats) on this rank, nothing on one without answers; raises SyncError, with the worst token, where the
+    gaps are beyond GAP_LIMITS of the sampler's dtype.
     """
-    answers = _test_answers(sampler, prompts, max_new_tokens, temperature)
-    sequences = [(prompt, answer.ids) for prompt, answer in zip(prompts, answers, strict=True)]
-    theirs = torch.cat([torch.tensor(answer.logps) for answer in answers])
-    gaps = (torch.cat(policy_logps(sequences)) - theirs).abs().nan_to_num(nan=float("inf"))
+    pairs = list(zip(prompts, answers, strict=True))[:TEST_ANSWERS]
+    ours = policy_logps([(prompt, answer.ids[:TEST_TOKENS]) for prompt, answer in pairs])
+    if not pairs:
+        return {}
+    theirs = torch.tensor([logp for _, answer in pairs for logp in answer.logps[:TEST_TOKENS]])
+    gaps = (torch.cat(ours) - theirs).abs().nan_to_num(nan=float("inf"))
     worst = int(gaps.argmax())
     limit_mean, limit_max = GAP_LIMITS[sampler.dtype]
     if gaps.mean() > limit_mean or gaps.max() > limit_max:
-        token = [i for _, completion in sequences for i in completion][worst]
+        token = [i for _, answer in pairs for i in answer.ids[:TEST_TOKENS]][worst]
         raise SyncError(
-            f"the sampler (version {sampler.version}) does not hold the policy's weights: log-probs of its "
-            f"own tokens differ by {gaps.mean():.2g} on average (limit {limit_mean:g}) and {gaps.max():.2g} "
-            f"at most (limit {limit_max:g}), which is at the token {sampler.tokenizer.decode([token])!r}"
+            f"the sampler (version {answers[0].version}) does not hold the policy's weights: log-probs of "
+            f"its own tokens differ by {gaps.mean():.2g} on average (limit {limit_mean:g}) and "
+            f"{gaps.max():.2g} at most (limit {limit_max:g}), "
+            f"which is at the token {sampler.tokenizer.decode([token])!r}"
         )
-    return {"sampler/logp_gap_mean": gaps.mean().item(), "sampler/logp_gap_max": gaps.max().item()}, answers
+    return {"sampler/logp_gap_mean": gaps.mean().item(), "sampler/logp_gap_max": gaps.max().item()}
 
 
 def same_test(sampler, before: list[Completion], prompts, max_new_tokens: int, temperature: float):
     """For weights that are brought back when no policy holds them any more: the sampler must answer as it did
-    when `self_test` found them right. Answers are compared up to the first token that differs, since rounding
-    can change one. Raises SyncError.
+    when it first had them (`test_answers`). Answers are compared up to the first token that differs, since
+    rounding can change one. Raises SyncError.
     """
-    answers = _test_answers(sampler, prompts, max_new_tokens, temperature)
+    answers = test_answers(sampler, prompts, max_new_tokens, temperature)
     for old, new in zip(before, answers, strict=True):
         differ = [a != b for a, b in zip(old.ids, new.ids, strict=False)]
         same = differ.index(True) if True in differ else len(differ)
@@ -414,6 +410,7 @@ def same_test(sampler, before: list[Completion], prompts, max_new_tokens: int, t
             )
 
 
-def _test_answers(sampler, prompts, max_new_tokens: int, temperature: float) -> list[Completion]:
+def test_answers(sampler, prompts, max_new_tokens: int, temperature: float) -> list[Completion]:
+    """What the sampler begins its answers to these prompts with, always drawn alike."""
     groups = sampler.generate(prompts, 1, min(max_new_tokens, TEST_TOKENS), temperature, seed=0)
     return [answer for [answer] in groups]

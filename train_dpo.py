@@ -160,8 +160,9 @@ def lay_out(units: list, device) -> tuple:
     for _, answers, places in units:
         pairs += [(first + chosen, first + rejected, len(places)) for chosen, rejected in places]
         rewards = [c.reward for c in answers]
-        mean, scale = statistics.fmean(rewards), statistics.stdev(rewards) + 1e-6
-        advantages += [(reward - mean) / scale for reward in rewards]
+        mean = statistics.fmean(rewards)
+        spread = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1))
+        advantages += [(reward - mean) / (spread + 1e-6) for reward in rewards]
         shares += [1 / len(answers)] * len(answers)
         first += len(answers)
     chosen_P, rejected_P, size_P = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 3).T
@@ -251,14 +252,21 @@ def main(argv=None):
         groups = sampler.generate([row.ids for row in rows], n, args.max_new_tokens, args.temperature, seed)
         return list(zip(rows, groups, strict=True))
 
+    def self_test(groups):
+        """Whether the sampler holds the policy's weights, from the first answers that it wrote with them."""
+        prompts, firsts = [row.ids for row, _ in groups], [completions[0] for _, completions in groups]
+        return samplers.self_test(sampler, policy.logps, prompts, firsts)
+
     def validate(step):
         """Scores an answer to each held-out prompt, with the policy's weights of now. Returns the name of the
         score (accuracy, or reward where nothing is verifiable) and its mean.
         """
-        if sampler.version != step:
+        reloaded = sampler.version != step
+        if reloaded:
             sampler.reload(policy.full_weights(dtype), step)
-            samplers.self_test(sampler, policy.logps, *test)
         groups = sample(valid[rank::world], 1, "valid", step)
+        if reloaded:
+            self_test(groups)
         scorer.score(groups)
         metrics = runs.validation_metrics(policies.sum_over_ranks(runs.group_sums(step, groups)))
         run.record({"step": step, **metrics})
@@ -302,11 +310,9 @@ def main(argv=None):
                 sampler.reload(policy.full_weights(dtype), step)
             now.window_step = step
             if s > 1:  # the window goes on with these weights even after a validation has loaded others
-                now.window = policy.snapshot(dtype)
+                now.window, now.tested = policy.snapshot(dtype), samplers.test_answers(sampler, *test)
             if reference and args.sync_ref:
                 reference.restore(now.window)
-            gaps, now.tested = samplers.self_test(sampler, policy.logps, *test)
-            metrics |= gaps
         reference_step = now.window_step if args.sync_ref else 0  # the step that the reference is from
         clock.append(time.perf_counter())
 
@@ -330,6 +336,8 @@ def main(argv=None):
 
         # ---- score
         if not args.rollouts:
+            if step == now.window_step:
+                metrics |= self_test(fresh)
             scorer.score(groups)
         units = []  # for each prompt with a pair: its ids, the answers in pairs, the pairs as places in those
         for i, (row, completions) in enumerate(groups):
@@ -350,7 +358,7 @@ def main(argv=None):
         for prompt, answers, _ in units:
             parts = policy.split(len(prompt), [len(c.ids) for c in answers], args.micro_batch_tokens)
             segments.append([(prompt, [answers[i].ids for i in part]) for part in parts])
-        widths = [max(len(prompt) + sum(map(len, ids)) for prompt, ids in unit) for unit in segments]
+        widths = [max(policies.segment_width(*segment) for segment in unit) for unit in segments]
         for micro_batch in policies.micro_batches(widths, [*map(len, segments)], args.micro_batch_tokens):
             chosen_P, rejected_P, weight_P, adv_B, share_B = lay_out([units[i] for i in micro_batch], device)
             n, part = len(adv_B), [segment for i in micro_batch for segment in segments[i]]

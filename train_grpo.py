@@ -147,7 +147,9 @@ def advantages(rewards: list, std_norm: bool) -> list:
     known = [reward for reward in rewards if reward is not None]
     if len(set(known)) < 2:
         return [None] * len(rewards)
-    mean, scale = statistics.fmean(known), statistics.stdev(known) + 1e-6 if std_norm else 1.0
+    mean = statistics.fmean(known)
+    spread = math.sqrt(sum((reward - mean) ** 2 for reward in known) / (len(known) - 1))
+    scale = spread + 1e-6 if std_norm else 1.0
     return [None if reward is None else (reward - mean) / scale for reward in rewards]
 
 
@@ -233,14 +235,21 @@ def main(argv=None):
         groups = sampler.generate([row.ids for row in rows], n, args.max_new_tokens, args.temperature, seed)
         return list(zip(rows, groups, strict=True))
 
+    def self_test(groups):
+        """Whether the sampler holds the policy's weights, from the first answers that it wrote with them."""
+        prompts, firsts = [row.ids for row, _ in groups], [completions[0] for _, completions in groups]
+        return samplers.self_test(sampler, policy.logps, prompts, firsts)
+
     def validate(step):
         """Scores an answer to each held-out prompt, with the policy's weights of now. Returns the name of the
         score (accuracy, or reward where nothing is verifiable) and its mean.
         """
-        if sampler.version != step:
+        reloaded = sampler.version != step
+        if reloaded:
             sampler.reload(policy.full_weights(dtype), step)
-            samplers.self_test(sampler, policy.logps, *test)
         groups = sample(valid[rank::world], 1, "valid", step)
+        if reloaded:
+            self_test(groups)
         scorer.score(groups)
         metrics = runs.validation_metrics(policies.sum_over_ranks(runs.group_sums(step, groups)))
         run.record({"step": step, **metrics})
@@ -287,11 +296,9 @@ def main(argv=None):
                 sampler.reload(policy.full_weights(dtype), step)
             now.window_step = step
             if s > 1:  # the window goes on with these weights even after a validation has loaded others
-                now.window = policy.snapshot(dtype)
+                now.window, now.tested = policy.snapshot(dtype), samplers.test_answers(sampler, *test)
             if reference and args.sync_ref:
                 reference.restore(now.window)
-            gaps, now.tested = samplers.self_test(sampler, policy.logps, *test)
-            metrics |= gaps
         reference_step = now.window_step if args.sync_ref else 0  # the step that the reference is from
         clock.append(time.perf_counter())
 
@@ -315,6 +322,8 @@ def main(argv=None):
 
         # ---- score
         if not args.rollouts:
+            if step == now.window_step:
+                metrics |= self_test(fresh)
             scorer.score(groups)
         segments = []  # prompt ids, and (completion, advantage) of the answers that share them
         for row, completions in groups:
@@ -331,7 +340,7 @@ def main(argv=None):
         total = policies.sum_over_ranks(sums)
         count = (total["completions"], max(1, total["length"]))
         stale = step > now.window_step or bool(args.rollouts)
-        widths = [len(prompt) + sum(len(c.ids) for c, _ in answers) for prompt, answers in segments]
+        widths = [policies.segment_width(prompt, [c.ids for c, _ in answers]) for prompt, answers in segments]
         for micro_batch in policies.micro_batches(widths, [1] * len(widths), args.micro_batch_tokens):
             part = [segments[i] for i in micro_batch]
             answers = [answer for _, answers in part for answer in answers]

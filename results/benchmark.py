@@ -3,10 +3,11 @@
 The toy by default; `--random 576,30,9,3,1536,49152` makes a random model of that shape (hidden, layers,
 heads, key-value heads, intermediate, vocabulary; this one is SmolLM2-135M's) with as many words in its
 tokenizer. Every figure is the median of --repeats, least and most in brackets; what is compared takes turns
-in one process.
+in one process. The parts `loop`, `start` and `window` are runs of the scripts (`results/timed_run.py`).
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -19,9 +20,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).parent.parent
+import timed_run as timed
+from timed_run import ROOT
+
 sys.path.insert(0, str(ROOT))
-PARTS = ["generate", "update", "padding", "reload", "save", "linear", "loop"]
+PARTS = ["generate", "update", "padding", "reload", "save", "linear", "loop", "start", "window"]
 
 
 def get_args():
@@ -29,43 +32,15 @@ def get_args():
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
+    timed.add_flags(add)
     add("--parts", nargs="+", choices=PARTS, default=PARTS)
-    add("--model", default=str(ROOT / "toy" / "model"))
-    add("--random", metavar="SHAPE", help="a random model instead, see above")
     add("--sampler", choices=["vllm", "hf"], default="vllm")
-    add("--prompts", type=int, default=32, help="a step")
-    add("--samples", type=int, default=8, help="answers to a prompt")
-    add("--prompt-tokens", type=int, default=8)
-    add("--new-tokens", type=int, default=8, help="most tokens of an answer")
+    add("--prompt-tokens", type=int, default=8, help="of the made-up prompts of the parts")
     add("--windows", type=int, nargs="+", default=[1, 4, 16, 64], help="steps generated in one call")
-    add("--micro-batch-tokens", type=int, default=4096)
     add("--repeats", type=int, default=5)
     add("--threads", type=int, default=1, help="of torch on a CPU")
     add("--json", type=Path, help="also write the figures, versions, commit and hardware to this file")
     return parser.parse_args()
-
-
-def random_model(shape: str, directory: str, length: int) -> str:
-    """A Llama of that shape with tied matrices, and a tokenizer whose words are w0, w1, ..."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    hidden, layers, heads, kv, intermediate, vocab = map(int, shape.split(","))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
-        intermediate_size=intermediate, vocab_size=vocab, max_position_embeddings=max(256, length),
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w1"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", chat_template=template).save_pretrained(
-        directory
-    )
-    return directory
 
 
 def repeated(repeats: int, *jobs) -> list[list[float]]:
@@ -85,13 +60,15 @@ def repeated(repeats: int, *jobs) -> list[list[float]]:
 
 
 class Bench:
-    def __init__(self, args, model: str):
+    def __init__(self, args):
         import torch
 
         import policy as policies
         import sampler as samplers
 
-        self.args, self.found = args, {}
+        self.args, self.found, model = args, {}, args.model
+        if not set(args.parts) - {"loop", "start", "window"}:
+            return
         torch.set_num_threads(args.threads)
         _, _, self.device = policies.start()
         self.dtype, length = policies.compute_dtype(self.device), args.prompt_tokens + args.new_tokens
@@ -156,7 +133,7 @@ class Bench:
         import policy as policies
 
         def run():
-            widths = [len(prompt) + sum(map(len, answers)) for prompt, answers in rows]
+            widths = [policies.segment_width(*row) for row in rows]
             for batch in policies.micro_batches(widths, [1] * len(rows), self.args.micro_batch_tokens):
                 with torch.set_grad_enabled(backward):
                     logps_BT, _, _ = self.policy(*self.policy.collate([rows[i] for i in batch]))
@@ -182,7 +159,7 @@ class Bench:
         shares = []
         for _ in range(self.args.repeats):
             rows = self.rows(self.args.prompts)
-            sizes = [len(prompt) + sum(map(len, answers)) for prompt, answers in rows]
+            sizes = [policies.segment_width(*row) for row in rows]
             batches = policies.micro_batches(sizes, [1] * len(rows), self.args.micro_batch_tokens)
             padded = sum(self.policy.collate([rows[i] for i in batch])[0].numel() for batch in batches)
             shares.append(100 * (1 - sum(sizes) / padded))
@@ -232,44 +209,58 @@ class Bench:
             for size, taken in zip(sizes, part, strict=True):
                 self.put(f"{name}, {size} prompts", [size * n / s for s in taken], "answers/s")
 
+    # ---- runs of the scripts, each a process of its own
+
+    def run(self, algorithm: str, s: str, steps: int, ahead: int | None = None) -> dict:
+        args = self.args
+        same = "model prompts samples max_prompt_tokens new_tokens micro_batch_tokens beta sampler".split()
+        flags = {name.replace("_", "-"): getattr(args, name) for name in same}
+        flags |= {"algorithm": algorithm, "sync-steps": s, "steps": steps, "data": args.data}
+        flags |= {"generate-ahead": ahead} if ahead else {}
+        command = [sys.executable, str(ROOT / "results" / "timed_run.py")]
+        command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        return json.loads(done.stdout.split("REPORT")[1])
+
     def loop(self):
-        """Its own process, on the toy's data: the model has to know its words."""
-        if self.args.random:
-            return
-        for script in ("train_grpo.py", "train_dpo.py"):
-            for s in (1, 10):
-                with tempfile.TemporaryDirectory() as folder:
-                    flags = f"--sync-steps {s} --steps 40 --eval-every 0 --save-every 0 --out {folder}/run"
-                    flags += f" --sampler {self.args.sampler} --model {self.args.model}"
-                    environment = os.environ | {"OMP_NUM_THREADS": str(self.args.threads)}
-                    began = time.time()
-                    command = [sys.executable, str(ROOT / script), *flags.split()]
-                    subprocess.run(command, check=True, capture_output=True, env=environment)
-                    whole = time.time() - began
-                    lines = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
-                    seconds = [m["time/step"] for m in lines][10:]
-                name = f"{script}, s = {s}"
-                windows = [statistics.fmean(seconds[i : i + 10]) for i in range(0, 30, 10)]
-                self.put(f"{name}: a step", windows, "s")
-                self.put(f"{name}: 40 steps, start and end included", [whole], "s")
+        for algorithm, s in itertools.product(("grpo", "dpo"), (1, 10)):
+            window = max(5, s)
+            found = self.run(algorithm, s, window * (1 + self.args.repeats))
+            ends = found["times"][window - 1 :: window]
+            speeds = [sum(found["answers"][-window:]) / (b - a) for a, b in itertools.pairwise(ends)]
+            self.put(f"whole loop, {algorithm}, s = {s}", speeds, "answers/s")
+            self.put(f"whole loop, {algorithm}, s = {s}: most memory", [found["all"] / 1e9], "GB")
 
+    def start(self):
+        """From the command to the end of the first step."""
+        found = [self.run("dpo", 10, 1) for _ in range(self.args.repeats)]
+        whole = [one["times"][0] - one["began"] for one in found]
+        imports = [one["imported"] - one["began"] for one in found]
+        engine = [one["engine"] for one in found]
+        self.put("start: until the first step is done", whole, "s")
+        self.put("start: of it importing torch and transformers", imports, "s")
+        self.put("start: of it importing vLLM", engine, "s")
+        rest = [all_ - a - b for all_, a, b in zip(whole, imports, engine, strict=True)]
+        self.put("start: of it the rest: data, models, engine, the step", rest, "s")
 
-def hardware() -> dict:
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": names[:1], "cores": os.cpu_count(), "gpu": gpu}
+    def window(self):
+        """What is generated ahead is bounded by --generate-ahead, however long the window is."""
+        for s in ("10", "100", "inf"):
+            found = self.run("grpo", s, 40, ahead=10)
+            self.put(f"s = {s}, 10 steps ahead: most memory in 40 steps", [found["all"] / 1e9], "GB")
 
 
 def main():
     args = get_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        length = args.prompt_tokens + args.new_tokens
-        bench = Bench(args, random_model(args.random, folder, length) if args.random else args.model)
-        print(f"{' '.join(sys.argv)}\n{json.dumps(hardware())}, {args.threads} thread(s)")
+        args.data = str(ROOT / "toy" / "train.jsonl")
+        if args.random:
+            sizes = (args.prompt_tokens, args.new_tokens)
+            args.model, args.data = timed.random_model(args.random, folder, *sizes)
+        print(f"{' '.join(sys.argv)}\n{json.dumps(timed.hardware())}, {args.threads} thread(s)")
+        bench = Bench(args)
         print("| what | median (least to most) | |\n|---|---|---|")
         for part in args.parts:
             getattr(bench, part)()
@@ -277,7 +268,7 @@ def main():
         import run as runs
 
         flags = {name: str(value) for name, value in vars(args).items()}
-        facts = {"flags": flags, **runs.provenance(), "hardware": hardware(), "figures": bench.found}
+        facts = {"flags": flags, **runs.provenance(), "hardware": timed.hardware(), "figures": bench.found}
         runs.write_whole(args.json, json.dumps(facts, indent=1, default=str) + "\n")
 
 

@@ -98,7 +98,7 @@ def tiny(family, more, directory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_that_share_a_prompt_are_as_if_they_did_not(family, device, tmp_path, monkeypatch):
+def test_answers_that_share_a_prompt_are_as_if_they_did_not(family, device, tmp_path):
     """Log-probs, entropies and the gradient; a token of one answer must see nothing of another."""
     policy = policies.load_policy(tiny(family, FAMILIES[family], tmp_path), device, 64, 0.8)
     assert policy.shares
@@ -110,10 +110,10 @@ def test_answers_that_share_a_prompt_are_as_if_they_did_not(family, device, tmp_
         logps_BT, entropy_BT, mask_BT = policy(*inputs)
         weight_BT = torch.arange(1, mask_BT.numel() + 1).reshape(mask_BT.shape)
         ((logps_BT + 0.1 * entropy_BT) * weight_BT).sum().backward()
-        gradients = torch.cat([p.grad.to_local().flatten() for p in policy.parameters()])
+        gradients = torch.cat([policies.local(p.grad).flatten() for p in policy.parameters()])
         found.append((logps_BT.detach(), entropy_BT.detach(), gradients))
         policy.zero_grad()
-        monkeypatch.setattr(policies.Policy, "shares", False)
+        policy.shares = False
     for mine, plain in zip(*found, strict=True):
         assert (mine - plain).norm() / plain.norm() < 1e-5
     same, other = found[0][0][[0, 3]], found[0][0][4]  # one answer twice in its row, and another
@@ -134,8 +134,8 @@ def test_models_whose_layers_see_less_or_remember_more_do_not_share(family, devi
 def test_what_shares_a_prompt(policy):
     """Short answers to a longer prompt do, up to the limit and to where attention would cost more."""
     assert policy.split(8, [4] * 8, 4096) == [[0, 1, 2, 3, 4, 5, 6, 7]]
-    assert policy.split(8, [4, 5, 3, 4], 17) == [[0, 1], [2, 3]]
-    assert policy.split(8, [500, 2], 4096) == [[0], [1]]
+    assert policy.split(8, [5, 6, 4, 5], 17) == [[0, 1], [2, 3]]  # 8 + 4 + 5 tokens are read: no last ones
+    assert policy.split(8, [500, 3], 4096) == [[0], [1]]
     assert policy.split(100, [200, 2], 4096) == [[0, 1]]
     assert policy.split(8, [], 4096) == []
 
@@ -145,11 +145,11 @@ def test_short_segments_fill_the_rows_of_long_ones(policy):
     assert policies.first_fit([3, 9, 4, 2, 5]) == ([18, 0, 9 + 5, 18 + 3, 9], 3)
     rng = random.Random(0)
     segments = [([5] * 8, [[6] * min(64, int(rng.paretovariate(1.1))) for _ in range(4)]) for _ in range(64)]
-    real = sum(len(prompt) + sum(map(len, answers)) for prompt, answers in segments)
+    real = sum(policies.segment_width(*segment) for segment in segments)
     ids_RL = policy.collate(segments)[0]
     assert ids_RL.count_nonzero() == real > 0.9 * ids_RL.numel()
     long = [([5] * 8, [[6] * 400]), ([5] * 8, [[6] * 200]), ([5] * 8, [[6] * 180])]
-    assert policy.collate(long)[0].shape == (3, 408) and policy.collate(long)[2] is None
+    assert policy.collate(long)[0].shape == (3, 407) and policy.collate(long)[2] is None
 
 
 def test_entropy_is_that_of_the_next_token(policy):
@@ -188,7 +188,7 @@ def gradient(policy, batches):
     for batch in batches:
         logps_BT, _, _ = policy(*policy.collate(alone(batch)))
         (logps_BT.sum(-1) * torch.arange(1, len(logps_BT) + 1) * (len(batch) > 0)).sum().backward()
-    return torch.cat([p.grad.to_local().flatten() for p in policy.parameters()])
+    return torch.cat([policies.local(p.grad).flatten() for p in policy.parameters()])
 
 
 def test_gradient_equals_that_of_transformers_and_survives_recomputation(device, tokenizer):
@@ -277,7 +277,7 @@ def test_clip_returns_the_norm_before(policy):
     grads = gradient(policy, [SEQUENCES])
     norm = grads.double().norm().item()
     assert policies.clip_gradients(policy, norm / 4) == pytest.approx(norm, rel=1e-5)
-    after = torch.cat([p.grad.to_local().flatten() for p in policy.parameters()]).double().norm().item()
+    after = torch.cat([policies.local(p.grad).flatten() for p in policy.parameters()]).double().norm().item()
     assert after == pytest.approx(norm / 4, rel=1e-4)
     policy.zero_grad()
     assert policies.clip_gradients(policy, 1.0) == 0 and math.isfinite(norm)

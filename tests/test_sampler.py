@@ -37,7 +37,7 @@ def moved(fresh, sampler):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in fresh.parameters():  # what AdamW's first step does: lr per entry
-            p.to_local().add_(2e-4 * torch.randn(p.shape, generator=generator).sign())
+            policies.local(p).add_(2e-4 * torch.randn(p.shape, generator=generator).sign())
     yield fresh
     sampler.reload(fresh.full_weights(F32, before), 0)
 
@@ -93,18 +93,23 @@ def test_a_seed_draws_the_same_again_and_another_something_else(sampler, prompts
     assert len({tuple(ids) for ids in first[:8]}) > 1  # nor are the samples of one prompt copies
 
 
+def self_test(sampler, policy, prompts):
+    answers = [answer for [answer] in sampler.generate(prompts, 1, 6, 1.0, 0)]
+    return samplers.self_test(sampler, policy.logps, prompts, answers)
+
+
 def test_after_a_reload_the_sampler_is_the_policy_and_before_it_is_not(sampler, moved, prompts):
     with pytest.raises(samplers.SyncError):
-        samplers.self_test(sampler, moved.logps, prompts, 6, 1.0)
+        self_test(sampler, moved, prompts)
     sampler.reload(moved.full_weights(F32), 7)
-    gaps, _ = samplers.self_test(sampler, moved.logps, prompts, 6, 1.0)
+    gaps = self_test(sampler, moved, prompts)
     assert gaps["sampler/logp_gap_max"] < 1e-3
     assert sampler.version == 7 and sampler.generate(prompts[:1], 1, 2, 1.0, 0)[0][0].version == 7
 
 
 def test_weights_that_are_brought_back_must_answer_as_before(sampler, moved, prompts):
     sampler.reload(moved.full_weights(F32), 7)
-    _, before = samplers.self_test(sampler, moved.logps, prompts, 6, 1.0)
+    before = samplers.test_answers(sampler, prompts, 6, 1.0)
     seventh = moved.snapshot(F32)
     with torch.no_grad():
         for p in moved.parameters():
@@ -123,13 +128,13 @@ def test_keys_and_values_of_old_weights_are_forgotten(vllm, fresh, monkeypatch, 
     before, long = fresh.snapshot(F32), [[5 + i % 30 for i in range(150)]]
     if kept:
         monkeypatch.setattr(vllm.llm, "reset_prefix_cache", lambda: True)
-    samplers.self_test(vllm, fresh.logps, long, 4, 1.0)
+    self_test(vllm, fresh, long)
     with torch.no_grad():
         for p in fresh.parameters():
             p.mul_(1.1)
     vllm.reload(fresh.full_weights(F32), 1)
     with pytest.raises(samplers.SyncError) if kept else contextlib.nullcontext():
-        samplers.self_test(vllm, fresh.logps, long, 4, 1.0)
+        self_test(vllm, fresh, long)
     monkeypatch.undo()
     vllm.reload(fresh.full_weights(F32, before), 0)
 
@@ -203,7 +208,7 @@ def test_a_reload_that_fails_is_caught_at_once(sampler, moved, prompts, padded_m
     stale.model = padded_model
     with pytest.raises(samplers.SyncError, match=said):
         fault(moved.full_weights(F32), sampler)
-        samplers.self_test(sampler, moved.logps, prompts, 6, 1.0)
+        self_test(sampler, moved, prompts)
 
 
 ENGINES = []  # vLLM takes torch's process group down when an engine goes, so they stay
@@ -225,14 +230,14 @@ def test_a_tied_matrix_that_is_forgotten_is_caught(kind, device, tokenizer, tmp_
         for p in policy.parameters():
             p.mul_(1.01)
     tied.reload(policy.full_weights(F32), 1)
-    samplers.self_test(tied, policy.logps, prompts, 6, 1.0)
+    self_test(tied, policy, prompts)
     with torch.no_grad():
         policy.lm.get_input_embeddings().weight.mul_(1.05)
     name = "model.embed_tokens.weight"
     assert name in dict(policy.full_weights(F32)) and "lm_head.weight" not in dict(policy.full_weights(F32))
     with pytest.raises(samplers.SyncError, match=name):
         skip(name)(policy.full_weights(F32), tied)
-        samplers.self_test(tied, policy.logps, prompts, 6, 1.0)
+        self_test(tied, policy, prompts)
 
 
 class Tensors(torch.nn.Module):
@@ -272,11 +277,11 @@ def test_sleep_frees_the_gpu_and_both_levels_wake_up(vllm, fresh, prompts):
     awake = torch.cuda.mem_get_info()[0]
     vllm.sleep(1)
     assert torch.cuda.mem_get_info()[0] > awake + 2**30 and vllm.version == 0
-    samplers.self_test(vllm, fresh.logps, prompts, 6, 1.0)
+    self_test(vllm, fresh, prompts)
     vllm.sleep(2)
     assert vllm.version is None
     vllm.reload(fresh.full_weights(vllm.dtype), 0)
-    samplers.self_test(vllm, fresh.logps, prompts, 6, 1.0)
+    self_test(vllm, fresh, prompts)
 
 
 def test_where_vllm_is_missing_both_ways_out_are_named(monkeypatch):

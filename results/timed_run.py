@@ -1,0 +1,177 @@
+"""A run of train_dpo.py or train_grpo.py that times itself: python results/timed_run.py --algorithm grpo
+
+The real script, with two things added: an answer gets a thousandth of its place in the group on top of its
+reward, so that every group has a signal and every step trains on all answers; and the clock is read. Prints a
+line that begins with REPORT; `report` explains its fields. `results/benchmark.py` and `results/versus_trl.py`
+start it.
+"""
+
+import argparse
+import builtins
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RATE = 1e-6  # learning rate: the answers' lengths stay those of the model
+
+
+def add_flags(add):
+    """What both sides of a comparison, and the parts of the benchmark, are told."""
+    add("--model", default=str(ROOT / "toy" / "model"))
+    add("--random", metavar="SHAPE", help="a random model instead: hidden,layers,heads,key-value heads,"
+        "intermediate,vocabulary; 576,30,9,3,1536,49152 is SmolLM2-135M's")  # fmt: skip
+    add("--prompts", type=int, default=32, help="a step")
+    add("--samples", type=int, default=8, help="answers to a prompt")
+    add("--max-prompt-tokens", type=int, default=24)
+    add("--new-tokens", type=int, default=8, help="most tokens of an answer; a random model uses all")
+    add("--micro-batch-tokens", type=int, default=4096)
+    add("--beta", type=float, default=0.001, help="GRPO's, the paper's; TRL's default is 0: no reference")
+
+
+def report() -> dict:
+    """Seconds since the epoch: began, imported (torch, transformers, the script) and times, the end of each
+    step. Engine: seconds of vLLM's import. Of each step: tokens, answers it trained on, update (seconds),
+    before and peak (bytes of the process when the update began, and at most in it).
+    """
+    return {key: [] for key in ("times", "tokens", "answers", "update", "peak", "before")} | {
+        "began": time.time()
+    }
+
+
+def random_model(shape: str, directory: str, prompt_tokens: int, new_tokens: int) -> tuple[str, str]:
+    """A Llama of that shape with tied matrices, a tokenizer whose words are w0, w1, ..., and 2,000 prompts of
+    `prompt_tokens` of them; returns where model and rows are.
+    """
+    import random
+
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    hidden, layers, heads, kv, intermediate, vocab = map(int, shape.split(","))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+        intermediate_size=intermediate, vocab_size=vocab, tie_word_embeddings=True, bos_token_id=None,
+        max_position_embeddings=max(256, prompt_tokens + new_tokens), eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="w0", pad_token="w1", chat_template=template
+    ).save_pretrained(directory)
+    rng = random.Random(0)
+    rows = Path(directory) / "rows.jsonl"
+    with open(rows, "w") as file:
+        for _ in range(2000):
+            prompt = " ".join(f"w{rng.randrange(2, vocab)}" for _ in range(prompt_tokens))
+            file.write(json.dumps({"prompt": prompt, "reward": "exact", "answer": "w2"}) + "\n")
+    return directory, str(rows)
+
+
+def jitter(place: int) -> float:
+    return place / 1000
+
+
+def bytes_at_most() -> int:
+    """Of this process since `forget_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def forget_peak() -> int:
+    """Begins to look for the peak anew; returns the bytes of now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return bytes_at_most()
+
+
+def hardware() -> dict:
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    wide = any("avx512f" in line for line in lines if line.startswith("flags"))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": names[:1], "avx512": wide, "cores": os.cpu_count(), "gpu": gpu}
+
+
+def measure(args) -> dict:
+    found = report()
+    sys.path.insert(0, str(ROOT))
+    import rewards
+    import run as runs
+    import train_dpo
+    import train_grpo
+
+    found["imported"] = time.time()
+    plain, found["engine"] = builtins.__import__, 0.0
+
+    def timed(name, *more, **others):
+        began = time.time()
+        module = plain(name, *more, **others)
+        if name == "vllm":
+            found["engine"] = max(found["engine"], time.time() - began)
+        return module
+
+    builtins.__import__ = timed
+    score, record, sums = rewards.Scorer.score, runs.Run.record, runs.group_sums
+
+    def score_and_jitter(self, groups):
+        score(self, groups)
+        for _, completions in groups:
+            for place, c in enumerate(completions):
+                c.reward += jitter(place)
+
+    def update_begins(step, groups):
+        found["before"].append(forget_peak())
+        return sums(step, groups)
+
+    def step_ends(self, metrics):
+        record(self, metrics)
+        found["peak"].append(bytes_at_most())
+        found["times"].append(time.time())
+        found["tokens"].append(metrics["completions/length"] * args.prompts * args.samples)
+        found["answers"].append((1 - metrics["frac_reward_zero_std"]) * args.prompts * args.samples)
+        found["update"].append(metrics["time/update"])
+
+    rewards.Scorer.score, runs.Run.record, runs.group_sums = score_and_jitter, step_ends, update_begins
+    flags = [
+        "--model", args.model, "--data", args.data, "--eval-data", args.data, "--eval-every", 0,
+        "--sync-steps", args.sync_steps, "--generate-ahead", args.generate_ahead or args.sync_steps,
+        "--sampler", args.sampler, "--steps", args.steps, "--prompts-per-step", args.prompts,
+        "--samples-per-prompt", args.samples, "--max-prompt-tokens", args.max_prompt_tokens, "--lr", RATE,
+        "--max-new-tokens", args.new_tokens, "--micro-batch-tokens", args.micro_batch_tokens, "--no-sync-ref",
+        "--out", f"{tempfile.mkdtemp()}/run", "--save-every", 0,
+    ]  # fmt: skip
+    flags += ["--beta", args.beta] if args.algorithm == "grpo" else []
+    (train_grpo if args.algorithm == "grpo" else train_dpo).main([*map(str, flags)])
+    return found
+
+
+def say(found: dict):
+    import torch
+
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    more = {"ended": time.time(), "threads": torch.get_num_threads(), "cpu": used.ru_utime + used.ru_stime}
+    print("REPORT" + json.dumps(found | more | {"all": 1024 * used.ru_maxrss}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_flags(parser.add_argument)
+    parser.add_argument("--algorithm", choices=["dpo", "grpo"], default="grpo")
+    parser.add_argument("--sync-steps", default="1")
+    parser.add_argument("--generate-ahead", type=int)
+    parser.add_argument("--sampler", choices=["vllm", "hf"], default="vllm")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--data", default=str(ROOT / "toy" / "train.jsonl"))
+    say(measure(parser.parse_args()))
