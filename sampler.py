@@ -23,6 +23,7 @@ import torch
 GAP_LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 2.0)}
 # Of the self-test: answers, and the first tokens of each (the pass over the prompt yields only the first one)
 TEST_ANSWERS, TEST_TOKENS = 8, 4
+CPU_BLOCK = 32  # tokens of keys and values that vLLM keeps together, the least that its CPU kernel takes
 SPOTS = 4096  # entries of each tensor that are read back from the engine after a reload
 HF_BATCH = (256, 2**17)  # most sequences, and most tokens of keys and values, in one call of transformers
 
@@ -62,7 +63,8 @@ class VLLMSampler:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if device.type == "cpu":
-            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # saves 4 s; a GPU needs it, for CUDA graphs
+            # else vLLM compiles a small function even in eager mode, which takes seconds and needs a compiler
+            torch.compiler.set_stance("force_eager")
         from transformers import AutoConfig
         from vllm import LLM, SamplingParams
 
@@ -76,6 +78,7 @@ class VLLMSampler:
             dtype,
         )
         self.version, self.asleep, self.can_sleep = 0, 0, sleep and device.type == "cuda"
+        gc.freeze()  # what is loaded by now stays: the collections that vLLM asks for need not go through it
         self.llm = LLM(
             model,
             dtype=dtype,
@@ -83,8 +86,9 @@ class VLLMSampler:
             max_model_len=max_length,
             gpu_memory_utilization=gpu_memory,
             enforce_eager=device.type == "cpu",  # CUDA graphs on a GPU
-            # it caches whole blocks, on a CPU of 128 tokens: shorter sequences would pay for nothing
-            enable_prefix_caching=device.type == "cuda" or max_length > 128,
+            # it reads whole blocks of a prompt once for all answers, on a CPU of 128 tokens unless it is told
+            block_size=None if device.type == "cuda" else CPU_BLOCK,
+            enable_prefix_caching=device.type == "cuda" or max_length > CPU_BLOCK,
             enable_sleep_mode=self.can_sleep,
             use_tqdm_on_load=False,
             skip_tokenizer_init=True,  # ids in, ids out

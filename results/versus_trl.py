@@ -6,7 +6,7 @@ which TRL leaves at bfloat16 otherwise: --trl-dtype auto). Each side is a proces
 threads; the sides alternate. `results/timed_run.py` is our side, and says how every answer comes to train.
 Before any ratio is printed, tokens and answers of both sides are compared.
 
-What is measured: the time between ends of windows (s steps, at s = 1 five), so everything that a step does is
+What is measured: the time between ends of windows (s steps; at s = 1 five), so everything that a step does is
 in it: generation, reward, update, reload, logging. Start-up is reported beside it. At s = 1 also the update
 alone, from its first forward (the reference's, on TRL's side) to its end: seconds, the process's memory at
 its peak, and how much of that it added.
@@ -47,16 +47,13 @@ def get_args():
         help="'ALGORITHM SYNC_STEPS SAMPLER'; DPO: 2 samples, as TRL",
     )
     add("--windows", type=int, default=5, help="that are measured, after one that is not")
+    add("--window-steps", type=int, default=5, help="of a window at s = 1; otherwise it has s")
     add("--pairs", type=int, default=3, help="of runs of both sides")
     add("--threads", type=int, default=1, help="of torch, on both sides")
     add("--trl-dtype", default="float32", help="of TRL's vLLM; auto: what TRL's users get")
     add("--json", type=Path, help="write the table's numbers to this file")
     add("--trl", nargs=2, help=argparse.SUPPRESS)  # the process of TRL's side: steps and rows
     return parser.parse_args()
-
-
-def window(s: int) -> int:
-    return max(5, s)
 
 
 # ---- TRL's side
@@ -169,7 +166,8 @@ def one(args, run: str, side: str, data: str) -> dict:
     """Runs a side; samples a second of each window, tokens an answer, seconds until the first step, bytes."""
     algorithm, s, sampler = run.split()
     samples = args.samples if algorithm == "grpo" else 2
-    steps = window(int(s)) * (1 + args.windows)
+    window = max(int(s), args.window_steps if s == "1" else 0)
+    steps = window * (1 + args.windows)
     same = [("model", args.model), ("prompts", args.prompts), ("samples", samples), ("beta", args.beta),
             ("max-prompt-tokens", args.max_prompt_tokens), ("new-tokens", args.new_tokens),
             ("micro-batch-tokens", args.micro_batch_tokens)]  # fmt: skip
@@ -185,12 +183,12 @@ def one(args, run: str, side: str, data: str) -> dict:
     if done.returncode or "REPORT" not in done.stdout:
         raise SystemExit(f"{side} {run} failed:\n{done.stderr[-3000:]}")
     found = json.loads(done.stdout.split("REPORT")[1])
-    ends = found["times"][window(int(s)) - 1 :: window(int(s))]
+    ends = found["times"][window - 1 :: window]
     answers = sum(found["answers"]) / len(found["answers"])
     alone = s == "1"  # at s > 1 TRL's references belong to the window, not to the update
     added = [peak - before for peak, before in zip(found["peak"], found["before"], strict=False)]
     return {
-        "speed": [answers * window(int(s)) / (b - a) for a, b in itertools.pairwise(ends)],
+        "speed": [answers * window / (b - a) for a, b in itertools.pairwise(ends)],
         "answers": answers, "length": sum(found["tokens"]) / sum(found["answers"]),
         "start": found["times"][0] - found["began"], "peak": found["all"], "threads": found["threads"],
         "update": statistics.median(found["update"]) if alone else math.nan,

@@ -37,8 +37,8 @@ def policy(device, tokenizer):
 @pytest.fixture(scope="session")
 def padded_model(tmp_path_factory, tokenizer):
     """The toy with 16 rows more in its matrices than the tokenizer has ids (a padded vocabulary), and
-    such likely ones that they would be sampled all the time. Its context holds more than one block of
-    vLLM's prefix cache, which has 128 tokens on a CPU."""
+    such likely ones that they would be sampled all the time. Its context holds several blocks of
+    vLLM's prefix cache."""
     directory = tmp_path_factory.mktemp("padded")
     model = AutoModelForCausalLM.from_pretrained(TOY)
     model.resize_token_embeddings(len(tokenizer) + 16, mean_resizing=False)

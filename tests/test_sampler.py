@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import TOY
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TopPLogitsWarper
 
 import policy as policies
 import sampler as samplers
@@ -75,6 +75,24 @@ def test_logps_are_those_of_the_distribution_sampled_from(
     theirs = [c.logps for group in groups for c in group]
     for mine, other in zip(policy.logps(sequences, 512), theirs, strict=True):
         assert other == pytest.approx(mine.tolist(), abs=1e-4)
+
+
+def test_the_loop_of_hf_answers_as_generate_does(hf, prompts, tokenizer):
+    """Greedy, prompts of several lengths together; every answer's end token is where `generate` puts it."""
+    assert len({*map(len, prompts)}) > 1
+    groups = hf.generate(prompts, 2, 6, 0.0, seed=0)
+    for prompt, group in zip(prompts, groups, strict=True):
+        banned = [*range(len(tokenizer), len(tokenizer) + 16)]
+        more = {"eos_token_id": hf.stop_ids, "pad_token_id": 0, "suppress_tokens": banned}
+        [out] = hf.lm.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6, **more)
+        assert [c.ids for c in group] == [out[len(prompt) :].tolist()] * 2
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+def test_top_p_keeps_what_transformers_keeps(top_p):
+    logits = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    wanted = TopPLogitsWarper(top_p)(None, logits / 0.6).log_softmax(-1)
+    assert torch.allclose(samplers._log_softmax(logits, 0.6, top_p), wanted, atol=1e-5)
 
 
 def test_frequencies_follow_the_logps(sampler, prompts):
