@@ -241,8 +241,8 @@ def load(checkpoint: Checkpoint, policy, optimizer, dtype, completion: type) -> 
     return progress
 
 
-def _tensors(policy, optimizer, progress: Progress) -> dict[str, DTensor]:
-    """Name -> sharded tensor of all that is saved; loading writes into the same tensors, in place."""
+def _tensors(policy, optimizer, progress: Progress) -> dict[str, torch.Tensor]:
+    """Name -> tensor of all that is saved, sharded as the policy is; loading writes into them, in place."""
     tensors = {}
     for i, (name, p) in enumerate(policy.lm.named_parameters()):
         tensors[f"policy.{name}"] = p.detach()

@@ -64,7 +64,7 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--max-new-tokens", type=count, default=8, help="of an answer; 8B models: 2048; paper: not stated")
     rewards.add_flags(add, count, size)
     add("--chunk", type=count, default=1024, help="about how many answers to sample in one call")
-    add("--sampler", choices=["vllm", "hf"], default="vllm", help="hf: transformers, slower, no vLLM")
+    add("--sampler", choices=["vllm", "hf"], default="vllm", help="hf: transformers, needs no vLLM")
     add("--gpu-memory", type=size, default=0.6, help="vLLM's share of a GPU (weights and KV cache)")
     add("--seed", type=int, default=0, help="of sampling")
     # fmt: on

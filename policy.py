@@ -349,7 +349,7 @@ def load_policy(
     trust=False,
     mesh: DeviceMesh | None = None,
 ) -> Policy:
-    """Loads and shards a model; a reference is loaded the same way with trainable=False.
+    """Loads a model and shards it over the ranks; a reference is loaded the same way, trainable=False.
 
     vocab: ids below it may be sampled (the tokenizer's length; a model's matrix is often padded beyond it).
     trust: whether code that comes with the model may run. mesh: `device_mesh`'s, or None: over all ranks.

@@ -78,6 +78,7 @@ class VLLMSampler:
             dtype,
         )
         self.version, self.asleep, self.can_sleep = 0, 0, sleep and device.type == "cuda"
+        gc.collect()
         gc.freeze()  # what is loaded by now stays: the collections that vLLM asks for need not go through it
         self.llm = LLM(
             model,
@@ -249,7 +250,7 @@ def _complaint(model, spots: dict) -> str | None:
 
 
 class HFSampler:
-    """The same interface on a transformers model; slower, but runs wherever the policy does.
+    """The same interface on a transformers model, for wherever the policy runs and vLLM does not.
 
     Shapes: P prompts, B answers (n to a prompt), V vocabulary; L tokens of the longest prompt, then growing.
     """
@@ -369,15 +370,18 @@ def require(kind: str):
         raise ArgumentError(None, f"--sampler vllm: vLLM is not installed; {ways}")
 
 
-def self_test(sampler, policy_logps: Callable, prompts: list[list[int]], answers: list[Completion]) -> dict:
+def self_test(sampler, policy_logps: Callable, groups: list) -> dict[str, float]:
     """Scores the beginnings of the first answers after a reload with the policy that the weights came from.
 
     policy_logps: list of (prompt ids, completion ids) -> list of log-prob tensors; collective if the policy
-    is sharded, and then so is this. Returns sampler/logp_gap_mean and _max of |policy - sampler| over tokens
-    (nats) on this rank, nothing on one without answers; raises SyncError, with the worst token, where the
-    gaps are beyond GAP_LIMITS of the sampler's dtype.
+    is sharded, and then so is this. groups: (row, completions); the first answer of each prompt comes first.
+    Returns sampler/logp_gap_mean and _max of |policy - sampler| over tokens (nats) on this rank, nothing on
+    one without answers; raises SyncError, with the worst token, where the gaps are beyond GAP_LIMITS of the
+    sampler's dtype.
     """
-    pairs = list(zip(prompts, answers, strict=True))[:TEST_ANSWERS]
+    pairs = [(row.ids, cs[k]) for k in range(TEST_ANSWERS) for row, cs in groups if k < len(cs)][
+        :TEST_ANSWERS
+    ]
     ours = policy_logps([(prompt, answer.ids[:TEST_TOKENS]) for prompt, answer in pairs])
     if not pairs:
         return {}
@@ -388,7 +392,7 @@ def self_test(sampler, policy_logps: Callable, prompts: list[list[int]], answers
     if gaps.mean() > limit_mean or gaps.max() > limit_max:
         token = [i for _, answer in pairs for i in answer.ids[:TEST_TOKENS]][worst]
         raise SyncError(
-            f"the sampler (version {answers[0].version}) does not hold the policy's weights: log-probs of "
+            f"the sampler (version {pairs[0][1].version}) does not hold the policy's weights: log-probs of "
             f"its own tokens differ by {gaps.mean():.2g} on average (limit {limit_mean:g}) and "
             f"{gaps.max():.2g} at most (limit {limit_max:g}), "
             f"which is at the token {sampler.tokenizer.decode([token])!r}"

@@ -81,7 +81,7 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--generate-ahead", type=count, default=10, help="most steps to generate in one call (memory)")
     add("--rollouts", type=Path, help="train on this file of rollouts (needs --sync-steps inf)")
     add("--save-rollouts", type=Path, help="write every scored rollout to this new .jsonl file")
-    add("--sampler", choices=["vllm", "hf"], default="vllm", help="hf: transformers, slower, no vLLM")
+    add("--sampler", choices=["vllm", "hf"], default="vllm", help="hf: transformers, needs no vLLM")
     add("--gpu-memory", type=size, default=0.3, help="vLLM's share of a GPU (weights and KV cache)")
     add("--sleep", action=switch, default=True, help="vLLM frees the GPU while the policy trains")
     # rewards
@@ -235,11 +235,6 @@ def main(argv=None):
         groups = sampler.generate([row.ids for row in rows], n, args.max_new_tokens, args.temperature, seed)
         return list(zip(rows, groups, strict=True))
 
-    def self_test(groups):
-        """Whether the sampler holds the policy's weights, from the first answers that it wrote with them."""
-        prompts, firsts = [row.ids for row, _ in groups], [completions[0] for _, completions in groups]
-        return samplers.self_test(sampler, policy.logps, prompts, firsts)
-
     def validate(step):
         """Scores an answer to each held-out prompt, with the policy's weights of now. Returns the name of the
         score (accuracy, or reward where nothing is verifiable) and its mean.
@@ -249,7 +244,7 @@ def main(argv=None):
             sampler.reload(policy.full_weights(dtype), step)
         groups = sample(valid[rank::world], 1, "valid", step)
         if reloaded:
-            self_test(groups)
+            samplers.self_test(sampler, policy.logps, groups)
         scorer.score(groups)
         metrics = runs.validation_metrics(policies.sum_over_ranks(runs.group_sums(step, groups)))
         run.record({"step": step, **metrics})
@@ -296,7 +291,9 @@ def main(argv=None):
                 sampler.reload(policy.full_weights(dtype), step)
             now.window_step = step
             if s > 1:  # the window goes on with these weights even after a validation has loaded others
-                now.window, now.tested = policy.snapshot(dtype), samplers.test_answers(sampler, *test)
+                now.window = policy.snapshot(dtype)
+            if s > args.generate_ahead:  # and then has to answer as now
+                now.tested = samplers.test_answers(sampler, *test)
             if reference and args.sync_ref:
                 reference.restore(now.window)
         reference_step = now.window_step if args.sync_ref else 0  # the step that the reference is from
@@ -323,7 +320,7 @@ def main(argv=None):
         # ---- score
         if not args.rollouts:
             if step == now.window_step:
-                metrics |= self_test(fresh)
+                metrics |= samplers.self_test(sampler, policy.logps, fresh)
             scorer.score(groups)
         segments = []  # prompt ids, and (completion, advantage) of the answers that share them
         for row, completions in groups:

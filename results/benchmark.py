@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 PARTS = ["generate", "update", "padding", "reload", "save", "linear", "loop", "start", "window"]
 
 
-def get_args():
+def get_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -40,7 +40,7 @@ def get_args():
     add("--repeats", type=int, default=5)
     add("--threads", type=int, default=1, help="of torch on a CPU")
     add("--json", type=Path, help="also write the figures, versions, commit and hardware to this file")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def repeated(repeats: int, *jobs) -> list[list[float]]:
@@ -67,6 +67,7 @@ class Bench:
         import sampler as samplers
 
         self.args, self.found, model = args, {}, args.model
+        self.micro_batch_tokens = timed.micro_batch_tokens(args)
         if not set(args.parts) - {"loop", "start", "window"}:
             return
         torch.set_num_threads(args.threads)
@@ -94,7 +95,7 @@ class Bench:
                 for _ in range(self.args.samples)
             ]
             answers = [self.ids(length) for length in lengths]
-            parts = self.policy.split(len(prompt), lengths, self.args.micro_batch_tokens)
+            parts = self.policy.split(len(prompt), lengths, self.micro_batch_tokens)
             rows += [(prompt, [answers[i] for i in part]) for part in parts]
         return rows
 
@@ -134,7 +135,7 @@ class Bench:
 
         def run():
             widths = [policies.segment_width(*row) for row in rows]
-            for batch in policies.micro_batches(widths, [1] * len(rows), self.args.micro_batch_tokens):
+            for batch in policies.micro_batches(widths, [1] * len(rows), self.micro_batch_tokens):
                 with torch.set_grad_enabled(backward):
                     logps_BT, _, _ = self.policy(*self.policy.collate([rows[i] for i in batch]))
                     if backward:
@@ -160,7 +161,7 @@ class Bench:
         for _ in range(self.args.repeats):
             rows = self.rows(self.args.prompts)
             sizes = [policies.segment_width(*row) for row in rows]
-            batches = policies.micro_batches(sizes, [1] * len(rows), self.args.micro_batch_tokens)
+            batches = policies.micro_batches(sizes, [1] * len(rows), self.micro_batch_tokens)
             padded = sum(self.policy.collate([rows[i] for i in batch])[0].numel() for batch in batches)
             shares.append(100 * (1 - sum(sizes) / padded))
         self.put("padding of the update's tokens", shares, "%")
@@ -176,7 +177,7 @@ class Bench:
         ]
         seconds, copies = repeated(self.args.repeats, *jobs)
         self.put("reload", seconds, "s")
-        self.put("reload", [size / s / 1e9 for s in seconds], "GB/s")
+        self.put("reload: speed", [size / s / 1e9 for s in seconds], "GB/s")
         self.put_ratio("reload against a copy in memory", seconds, copies)
 
     def save(self):
@@ -192,7 +193,7 @@ class Bench:
             [seconds] = repeated(self.args.repeats, job)
             size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
         self.put("save inside a window", seconds, "s")
-        self.put("save inside a window", [size / s / 1e9 for s in seconds], "GB/s")
+        self.put("save inside a window: speed", [size / s / 1e9 for s in seconds], "GB/s")
 
     def linear(self):
         sizes = [8, 32, 128, 256]
@@ -213,14 +214,17 @@ class Bench:
 
     def run(self, algorithm: str, s: str, steps: int, ahead: int | None = None) -> dict:
         args = self.args
-        same = "model prompts samples max_prompt_tokens new_tokens micro_batch_tokens beta sampler".split()
+        same = "model prompts samples max_prompt_tokens new_tokens beta sampler".split()
         flags = {name.replace("_", "-"): getattr(args, name) for name in same}
         flags |= {"algorithm": algorithm, "sync-steps": s, "steps": steps, "data": args.data}
         flags |= {"generate-ahead": ahead} if ahead else {}
+        flags |= {"micro-batch-tokens": self.micro_batch_tokens}
         command = [sys.executable, str(ROOT / "results" / "timed_run.py")]
         command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
         return json.loads(done.stdout.split("REPORT")[1])
 
     def loop(self):
@@ -228,8 +232,9 @@ class Bench:
             window = max(5, s)
             found = self.run(algorithm, s, window * (1 + self.args.repeats))
             ends = found["times"][window - 1 :: window]
-            speeds = [sum(found["answers"][-window:]) / (b - a) for a, b in itertools.pairwise(ends)]
-            self.put(f"whole loop, {algorithm}, s = {s}", speeds, "answers/s")
+            sampled = window * self.args.prompts * self.args.samples
+            speeds = [sampled / (b - a) for a, b in itertools.pairwise(ends)]
+            self.put(f"whole loop, {algorithm}, s = {s}", speeds, "sampled answers/s")
             self.put(f"whole loop, {algorithm}, s = {s}: most memory", [found["all"] / 1e9], "GB")
 
     def start(self):
@@ -257,6 +262,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         args.data = str(ROOT / "toy" / "train.jsonl")
         if args.random:
+            args.max_prompt_tokens = args.prompt_tokens
             sizes = (args.prompt_tokens, args.new_tokens)
             args.model, args.data = timed.random_model(args.random, folder, *sizes)
         print(f"{' '.join(sys.argv)}\n{json.dumps(timed.hardware())}, {args.threads} thread(s)")

@@ -1,5 +1,6 @@
 """Prints the README's tables from the logs: results/toy/ (validation accuracy over seeds, and where the time
-went) and results/mixed/ (both kinds of tasks at the end of each run).
+went), results/mixed/ (both kinds of tasks at the end of each run) and results/speed/ (what
+results/versus_trl.py and results/benchmark.py have measured).
 
     python results/table.py
 """
@@ -44,6 +45,10 @@ def main():
         print("| " + " | ".join(cells) + " |")
     print()
     mixed()
+    print()
+    versus()
+    print()
+    parts()
 
 
 def mixed():
@@ -63,6 +68,34 @@ def mixed():
         accuracy, reward, length = zip(*seeds, strict=True)
         cells = [f"{f(x):.2f}" for x in (accuracy, reward) for f in (statistics.mean, statistics.stdev)]
         print("| " + " | ".join([name.replace("-", " "), *cells, f"{statistics.mean(length):.1f}"]) + " |")
+
+
+def versus():
+    found = [json.loads((HERE / "speed" / f"versus-{n}.json").read_text())["found"] for n in (1, 2)]
+    print(
+        "| samples a second | 1 thread: ours | TRL | ratio | 2 threads: ours | TRL | ratio |\n"
+        "|---|---|---|---|---|---|---|"
+    )
+    names = {"grpo": "GRPO", "dpo": "DPO", "vllm": "vLLM", "hf": "transformers"}
+    for run in found[0]:
+        algorithm, s, sampler = run.split()
+        cells = [f"{names[algorithm]}, s = {s}, {names[sampler]}"]
+        for threads in found:
+            ours, trl = (
+                [statistics.median(one["speed"]) for one in threads[run][side]] for side in ("ours", "trl")
+            )
+            cells += [f"{statistics.median(speeds):,.0f}" for speeds in (ours, trl)]
+            each = [a / b for a, b in zip(ours, trl, strict=True)]
+            cells.append(f"**{statistics.median(each):.2f}** ({min(each):.2f} to {max(each):.2f})")
+        print("| " + " | ".join(cells) + " |")
+
+
+def parts():
+    print("| what | median (least to most) | | model |\n|---|---|---|---|")
+    for name in ("toy", "30m", "135m"):
+        for what, figure in json.loads((HERE / "speed" / f"{name}.json").read_text())["figures"].items():
+            middle, least, most = (f"{f(figure['values']):,.4g}" for f in (statistics.median, min, max))
+            print(f"| {what} | {middle} ({least} to {most}) | {figure['unit']} | {name} |")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import builtins
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -29,17 +28,24 @@ def add_flags(add):
     add("--samples", type=int, default=8, help="answers to a prompt")
     add("--max-prompt-tokens", type=int, default=24)
     add("--new-tokens", type=int, default=8, help="most tokens of an answer; a random model uses all")
-    add("--micro-batch-tokens", type=int, default=4096)
+    add("--micro-batch-tokens", type=int, help="default: all of a step")
     add("--beta", type=float, default=0.001, help="GRPO's, the paper's; TRL's default is 0: no reference")
+
+
+def micro_batch_tokens(args) -> int:
+    whole = args.prompts * args.samples * (args.max_prompt_tokens + args.new_tokens)
+    return args.micro_batch_tokens or whole
 
 
 def report() -> dict:
     """Seconds since the epoch: began, imported (torch, transformers, the script) and times, the end of each
-    step. Engine: seconds of vLLM's import. Of each step: tokens, answers it trained on, update (seconds),
-    before and peak (bytes of the process when the update began, and at most in it).
+    step. Engine: seconds of vLLM's import. All: bytes of the process at most. Of each step: tokens, answers
+    that were sampled for groups with a signal, update (seconds), before and peak (bytes when the update
+    began, and at most in it).
     """
     return {key: [] for key in ("times", "tokens", "answers", "update", "peak", "before")} | {
-        "began": time.time()
+        "began": time.time(),
+        "all": 0,
     }
 
 
@@ -86,9 +92,10 @@ def bytes_at_most() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def forget_peak() -> int:
-    """Begins to look for the peak anew; returns the bytes of now."""
-    Path("/proc/self/clear_refs").write_text("5")
+def forget_peak(found: dict) -> int:
+    """Begins to look for the peak anew, once `found` has the one so far; returns the bytes of now."""
+    found["all"] = max(found["all"], bytes_at_most())
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets it in getrusage too
     return bytes_at_most()
 
 
@@ -102,7 +109,8 @@ def hardware() -> dict:
     return {"cpu": names[:1], "avx512": wide, "cores": os.cpu_count(), "gpu": gpu}
 
 
-def measure(args) -> dict:
+def measure(args, folder: str) -> dict:
+    """Trains, with its run in `folder`."""
     found = report()
     sys.path.insert(0, str(ROOT))
     import rewards
@@ -130,7 +138,7 @@ def measure(args) -> dict:
                 c.reward += jitter(place)
 
     def update_begins(step, groups):
-        found["before"].append(forget_peak())
+        found["before"].append(forget_peak(found))
         return sums(step, groups)
 
     def step_ends(self, metrics):
@@ -142,13 +150,14 @@ def measure(args) -> dict:
         found["update"].append(metrics["time/update"])
 
     rewards.Scorer.score, runs.Run.record, runs.group_sums = score_and_jitter, step_ends, update_begins
+    ahead = "10" if args.sync_steps == "inf" else args.sync_steps
     flags = [
         "--model", args.model, "--data", args.data, "--eval-data", args.data, "--eval-every", 0,
-        "--sync-steps", args.sync_steps, "--generate-ahead", args.generate_ahead or args.sync_steps,
+        "--sync-steps", args.sync_steps, "--generate-ahead", args.generate_ahead or ahead,
         "--sampler", args.sampler, "--steps", args.steps, "--prompts-per-step", args.prompts,
         "--samples-per-prompt", args.samples, "--max-prompt-tokens", args.max_prompt_tokens, "--lr", RATE,
-        "--max-new-tokens", args.new_tokens, "--micro-batch-tokens", args.micro_batch_tokens, "--no-sync-ref",
-        "--out", f"{tempfile.mkdtemp()}/run", "--save-every", 0,
+        "--max-new-tokens", args.new_tokens, "--micro-batch-tokens", micro_batch_tokens(args),
+        "--no-sync-ref", "--out", f"{folder}/run", "--save-every", 0,
     ]  # fmt: skip
     flags += ["--beta", args.beta] if args.algorithm == "grpo" else []
     (train_grpo if args.algorithm == "grpo" else train_dpo).main([*map(str, flags)])
@@ -158,9 +167,8 @@ def measure(args) -> dict:
 def say(found: dict):
     import torch
 
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    more = {"ended": time.time(), "threads": torch.get_num_threads(), "cpu": used.ru_utime + used.ru_stime}
-    print("REPORT" + json.dumps(found | more | {"all": 1024 * used.ru_maxrss}))
+    more = {"threads": torch.get_num_threads(), "all": max(found["all"], bytes_at_most())}
+    print("REPORT" + json.dumps(found | more))
 
 
 if __name__ == "__main__":
@@ -174,4 +182,5 @@ if __name__ == "__main__":
     parser.add_argument("--sampler", choices=["vllm", "hf"], default="vllm")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--data", default=str(ROOT / "toy" / "train.jsonl"))
-    say(measure(parser.parse_args()))
+    with tempfile.TemporaryDirectory() as folder:
+        say(measure(parser.parse_args(), folder))

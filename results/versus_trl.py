@@ -1,15 +1,16 @@
 """Ours against TRL on the same work, side by side: python results/versus_trl.py
 
 Beforehand `pip install trl`. Both sides train the same model on the same prompts with the same number of
-answers, lengths, reward, micro-batch, optimizer, learning rate and dtype (float32 on a CPU; TRL's vLLM too,
-which TRL leaves at bfloat16 otherwise: --trl-dtype auto). Each side is a process of its own with --threads
-threads; the sides alternate. `results/timed_run.py` is our side, and says how every answer comes to train.
-Before any ratio is printed, tokens and answers of both sides are compared.
+answers, lengths, reward, micro-batch (the whole step), optimizer, learning rate and dtype (float32 on a CPU;
+TRL's vLLM too, which TRL leaves at bfloat16 otherwise: --trl-dtype auto). Each side is a process of its own
+with --threads threads; the sides alternate. `results/timed_run.py` is our side, and says how every answer
+comes to train. Before any ratio is printed, tokens and answers of both sides are compared.
 
 What is measured: the time between ends of windows (s steps; at s = 1 five), so everything that a step does is
 in it: generation, reward, update, reload, logging. Start-up is reported beside it. At s = 1 also the update
-alone, from its first forward (the reference's, on TRL's side) to its end: seconds, the process's memory at
-its peak, and how much of that it added.
+alone: from its first forward to its end, TRL's scoring of answers in between left out, seconds, the process's
+memory at its peak, and how much of that the update added. On TRL's side it holds one forward more where vLLM
+samples: the policy's, for the ratio to the sampler, which ours has from the forward that it trains with.
 """
 
 import argparse
@@ -34,7 +35,7 @@ RUNS = ["grpo 1 vllm", "grpo 1 hf", "grpo 10 vllm", "grpo 10 hf"]
 RUNS += ["dpo 1 vllm", "dpo 1 hf"]  # TRL's online DPO has no window
 
 
-def get_args():
+def get_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -53,14 +54,14 @@ def get_args():
     add("--trl-dtype", default="float32", help="of TRL's vLLM; auto: what TRL's users get")
     add("--json", type=Path, help="write the table's numbers to this file")
     add("--trl", nargs=2, help=argparse.SUPPRESS)  # the process of TRL's side: steps and rows
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 # ---- TRL's side
 
 
-def trl(args) -> dict:
-    """TRL's side, with the fields of `timed_run.report`."""
+def trl(args, folder: str) -> dict:
+    """TRL's side, with the fields of `timed_run.report`; it writes into `folder`."""
     found, [algorithm, s, sampler] = timed.report(), args.runs[0].split()
     steps, s = int(args.trl[0]), int(s)
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}  # these as ours
@@ -83,30 +84,32 @@ def trl(args) -> dict:
     told, began = [0, 0], []
 
     def reward(completions, completion_ids, answer, **_):
+        scoring = time.time()
         end = tokenizer.eos_token_id  # the online DPO pads
         told[0] += sum(ids.index(end) + 1 if end in ids else len(ids) for ids in completion_ids)
         told[1] += len(completions)
         n = args.samples
         place = (lambda i: i % n) if algorithm == "grpo" else (lambda i: i // args.prompts)
         texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
-        return [
+        scores = [
             float(t.strip() == a) + timed.jitter(place(i))
             for i, (t, a) in enumerate(zip(texts, answer, strict=True))
         ]
+        began[:] = [start + time.time() - scoring for start in began]
+        return scores
 
     class Note(transformers.TrainerCallback):
         def on_step_end(self, *_, **__):
             found["times"].append(time.time())
             found["peak"].append(timed.bytes_at_most())
             found["update"].append(found["times"][-1] - began.pop())
-            began.clear()
 
     def update_begins(forward):
         """`forward` is the first thing of an update."""
 
         def call(*args, **kwargs):
             if not began:
-                found["before"].append(timed.forget_peak())
+                found["before"].append(timed.forget_peak(found))
                 began.append(time.time())
             return forward(*args, **kwargs)
 
@@ -114,7 +117,7 @@ def trl(args) -> dict:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     common = {
-        "output_dir": tempfile.mkdtemp(), "max_steps": steps, "learning_rate": timed.RATE,
+        "output_dir": folder, "max_steps": steps, "learning_rate": timed.RATE,
         "lr_scheduler_type": "constant", "gradient_checkpointing": False, "bf16": False, "use_cpu": True,
         "report_to": "none", "save_strategy": "no", "logging_steps": 1, "weight_decay": 0.1,
         "beta": args.beta, "temperature": 1.0, "seed": 0, "use_vllm": sampler == "vllm",
@@ -153,7 +156,9 @@ def trl(args) -> dict:
 
 
 def lend(llm, parameters):
-    """Our reload, for TRL: its own fails on a CPU, where vLLM has packed away what it would write to."""
+    """Our reload, for TRL: its own fails on a CPU, where vLLM has packed away what it would write to. A tied
+    output matrix stays as it was, which costs TRL nothing.
+    """
     weights = ((name, p.data) for name, p in parameters)
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     llm.reset_prefix_cache()
@@ -169,8 +174,7 @@ def one(args, run: str, side: str, data: str) -> dict:
     window = max(int(s), args.window_steps if s == "1" else 0)
     steps = window * (1 + args.windows)
     same = [("model", args.model), ("prompts", args.prompts), ("samples", samples), ("beta", args.beta),
-            ("max-prompt-tokens", args.max_prompt_tokens), ("new-tokens", args.new_tokens),
-            ("micro-batch-tokens", args.micro_batch_tokens)]  # fmt: skip
+            ("max-prompt-tokens", args.max_prompt_tokens), ("new-tokens", args.new_tokens)]  # fmt: skip
     flags = [text for name, value in same for text in (f"--{name}", str(value))]
     if side == "ours":
         command = ["timed_run.py", "--algorithm", algorithm, "--sync-steps", s, "--sampler", sampler]
@@ -186,7 +190,7 @@ def one(args, run: str, side: str, data: str) -> dict:
     ends = found["times"][window - 1 :: window]
     answers = sum(found["answers"]) / len(found["answers"])
     alone = s == "1"  # at s > 1 TRL's references belong to the window, not to the update
-    added = [peak - before for peak, before in zip(found["peak"], found["before"], strict=False)]
+    added = [peak - before for peak, before in zip(found["peak"], found["before"], strict=True)]
     return {
         "speed": [answers * window / (b - a) for a, b in itertools.pairwise(ends)],
         "answers": answers, "length": sum(found["tokens"]) / sum(found["answers"]),
@@ -200,16 +204,19 @@ def one(args, run: str, side: str, data: str) -> dict:
 def main():
     args = get_args()
     if args.trl:
-        return timed.say(trl(args))
+        with tempfile.TemporaryDirectory() as folder:
+            return timed.say(trl(args, folder))
     if importlib.util.find_spec("trl") is None:
         raise SystemExit("TRL is not installed: pip install trl")
     sys.path.insert(0, str(ROOT))
     import run as runs
 
-    found, data, folder = {}, str(ROOT / "toy" / "train.jsonl"), tempfile.mkdtemp()
+    temporary = tempfile.TemporaryDirectory()
+    found, data, folder = {}, str(ROOT / "toy" / "train.jsonl"), temporary.name
     if args.random:
         sizes = (args.max_prompt_tokens, args.new_tokens)
         args.model, data = timed.random_model(args.random, folder, *sizes)
+    flags = {name: str(value) for name, value in vars(args).items()}
     for run in tqdm(args.runs, disable=None):
         found[run] = {"ours": [], "trl": []}
         for pair in range(args.pairs):
@@ -221,6 +228,9 @@ def main():
         same = {(round(r["answers"]), r["threads"]) for side in found[run].values() for r in side}
         if len(same) > 1:
             raise SystemExit(f"{run}: not the same work: (answers a step, threads) are {same}")
+        if args.json:  # after each, so that what is measured is kept
+            facts = {"flags": flags, **runs.provenance(), "trl": version("trl"), "hardware": timed.hardware()}
+            runs.write_whole(args.json, json.dumps(facts | {"found": found}, indent=1) + "\n")
     print(f"{' '.join(sys.argv)}\n{json.dumps(timed.hardware())}\n")
     columns = "run", "ours: samples/s", "TRL: samples/s", "ratio", "tokens an answer", "start, s", "peak, GB"
     columns += "update, s", "its peak, GB", "added, GB"
@@ -241,9 +251,6 @@ def main():
             values = [statistics.median(one[key] for one in reports) for reports in sides.values()]
             cells.append(" / ".join(form % (v / scale) for v in values) if values[0] == values[0] else "")
         print(f"| {run} | {' | '.join(cells)} |")
-    if args.json:
-        facts = {**runs.provenance(), "trl": version("trl"), "hardware": timed.hardware(), "found": found}
-        runs.write_whole(args.json, json.dumps(facts, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,8 +113,9 @@ def test_a_seed_draws_the_same_again_and_another_something_else(sampler, prompts
 
 
 def self_test(sampler, policy, prompts):
-    answers = [answer for [answer] in sampler.generate(prompts, 1, 6, 1.0, 0)]
-    return samplers.self_test(sampler, policy.logps, prompts, answers)
+    rows = [SimpleNamespace(ids=prompt) for prompt in prompts]
+    groups = list(zip(rows, sampler.generate(prompts, 1, 6, 1.0, 0), strict=True))
+    return samplers.self_test(sampler, policy.logps, groups)
 
 
 def test_after_a_reload_the_sampler_is_the_policy_and_before_it_is_not(sampler, moved, prompts):
@@ -155,6 +157,31 @@ def test_keys_and_values_of_old_weights_are_forgotten(vllm, fresh, monkeypatch, 
         self_test(vllm, fresh, long)
     monkeypatch.undo()
     vllm.reload(fresh.full_weights(F32, before), 0)
+
+
+def test_answers_that_share_blocks_of_their_prompt_have_the_policys_logps(vllm, fresh, prompts):
+    """A prompt of more than a block is read once for all its answers, which all see all of it."""
+    long = [[5 + i % 30 for i in range(150)], [6 + i % 7 for i in range(97)], *prompts]
+    groups = vllm.generate(long, 4, 6, 1.0, seed=0)
+    sequences = [(prompt, c.ids) for prompt, group in zip(long, groups, strict=True) for c in group]
+    theirs = [c.logps for group in groups for c in group]
+    for mine, other in zip(fresh.logps(sequences), theirs, strict=True):
+        assert other == pytest.approx(mine.tolist(), abs=1e-4)
+
+
+def test_the_self_test_takes_more_answers_of_few_prompts(vllm, fresh, prompts):
+    """One prompt with eight answers is as many tokens as eight prompts with one."""
+    seen = []
+
+    def logps(sequences):
+        seen.append(sequences)
+        return fresh.logps(sequences)
+
+    for count, n in ((1, 8), (3, 4), (8, 1)):
+        rows = [SimpleNamespace(ids=prompt) for prompt in prompts[:count]]
+        groups = list(zip(rows, vllm.generate(prompts[:count], n, 6, 1.0, 0), strict=True))
+        samplers.self_test(vllm, logps, groups)
+        assert len(seen[-1]) == 8 and {tuple(p) for p, _ in seen[-1]} == {*map(tuple, prompts[:count])}
 
 
 def test_a_cache_that_vllm_does_not_reset_stops_the_run(vllm, prompts, monkeypatch):
