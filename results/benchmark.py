@@ -253,7 +253,7 @@ class Bench:
         """What is generated ahead is bounded by --generate-ahead, however long the window is."""
         for s in ("10", "100", "inf"):
             found = self.run("grpo", s, 40, ahead=10)
-            self.put(f"s = {s}, 10 steps ahead: most memory in 40 steps", [found["all"] / 1e9], "GB")
+            self.put(f"s = {s}, 10 steps ahead: peak in 40 steps", [found["all"] / 1e9], "GB")
 
 
 def main():

@@ -90,10 +90,15 @@ def versus():
         print("| " + " | ".join(cells) + " |")
 
 
+LEFT_OUT = "window of 4", "window of 64", "32 prompts", "128 prompts", ": most memory"  # of what is printed
+
+
 def parts():
     print("| what | median (least to most) | | model |\n|---|---|---|---|")
     for name in ("toy", "30m", "135m"):
         for what, figure in json.loads((HERE / "speed" / f"{name}.json").read_text())["figures"].items():
+            if any(words in what for words in LEFT_OUT):
+                continue
             middle, least, most = (f"{f(figure['values']):,.4g}" for f in (statistics.median, min, max))
             print(f"| {what} | {middle} ({least} to {most}) | {figure['unit']} | {name} |")
 

@@ -10,6 +10,10 @@ import sys
 
 from conftest import ROOT
 
+sys.path.insert(0, str(ROOT / "results"))
+import benchmark
+import versus_trl
+
 import data
 import evaluate
 import train_dpo
@@ -36,6 +40,7 @@ COMMANDS = [command for block in BLOCKS for command in expanded(block)]
 
 
 SCRIPTS = {"train_dpo.py": train_dpo, "train_grpo.py": train_grpo, "evaluate.py": evaluate}
+MEASURING = {"results/benchmark.py": benchmark, "results/versus_trl.py": versus_trl}
 
 
 def test_every_command_parses():
@@ -43,6 +48,10 @@ def test_every_command_parses():
     assert len(found) >= 24 and {script for script, _ in found} == set(SCRIPTS)
     for script, flags in found:
         SCRIPTS[script].get_args(flags)
+    measured = [(s, shlex.split(c.split(s)[1])) for c in COMMANDS for s in MEASURING if s in c]
+    assert {script for script, _ in measured} == set(MEASURING)
+    for script, flags in measured:
+        MEASURING[script].get_args(flags)
     prepared = [shlex.split(c.split("data.py")[1]) for c in COMMANDS if c.startswith("python data.py")]
     assert {flags[0] for flags in prepared} == {"numinamath", "wildchat", "math500", "amc23"}
     for flags in prepared:
@@ -88,7 +97,7 @@ def test_every_file_named_exists():
 
 
 def test_every_flag_named_is_declared(capsys):
-    for script in SCRIPTS.values():
+    for script in [*SCRIPTS.values(), *MEASURING.values()]:
         with contextlib.suppress(SystemExit):
             script.get_args(["--help"])
     with contextlib.suppress(SystemExit):
@@ -113,9 +122,9 @@ def test_the_results_are_those_of_the_logs():
     done = subprocess.run(
         [sys.executable, ROOT / "results" / "table.py"], capture_output=True, text=True, check=True
     )
-    toy, mixed = done.stdout.split("\n\n")
-    assert toy.count("\n") == 1 + 8 and mixed.count("\n") == 2 + 6
-    assert toy + "\n\n" in README and mixed in README
+    toy, mixed, versus, parts = done.stdout.split("\n\n")
+    assert toy.count("\n") == 1 + 8 and mixed.count("\n") == 1 + 6 and versus.count("\n") == 1 + 6
+    assert all(table + "\n\n" in README for table in (toy, mixed, versus, parts.rstrip("\n")))
 
 
 def test_the_memory_table_is_the_scripts():
