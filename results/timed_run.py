@@ -21,7 +21,7 @@ RATE = 1e-6  # learning rate: the answers' lengths stay those of the model
 
 def add_flags(add):
     """What both sides of a comparison, and the parts of the benchmark, are told."""
-    add("--model", default=str(ROOT / "toy" / "model"))
+    add("--model", default=os.path.relpath(ROOT / "toy" / "model"))
     add("--random", metavar="SHAPE", help="a random model instead: hidden,layers,heads,key-value heads,"
         "intermediate,vocabulary; 576,30,9,3,1536,49152 is SmolLM2-135M's")  # fmt: skip
     add("--prompts", type=int, default=32, help="a step")
@@ -50,7 +50,7 @@ def report() -> dict:
 
 
 def random_model(shape: str, directory: str, prompt_tokens: int, new_tokens: int) -> tuple[str, str]:
-    """A Llama of that shape with tied matrices, a tokenizer whose words are w0, w1, ..., and 2,000 prompts of
+    """A Llama of that shape with tied matrices, a tokenizer whose words are w2, w3, ..., and 2,000 prompts of
     `prompt_tokens` of them; returns where model and rows are.
     """
     import random
@@ -67,11 +67,13 @@ def random_model(shape: str, directory: str, prompt_tokens: int, new_tokens: int
         max_position_embeddings=max(256, prompt_tokens + new_tokens), eos_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w1"))
+    words = Tokenizer(
+        models.WordLevel({f"w{i}": i for i in range(2, vocab)} | {"<end>": 0, "<pad>": 1}, unk_token="<pad>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="w0", pad_token="w1", chat_template=template
+        tokenizer_object=words, eos_token="<end>", pad_token="<pad>", chat_template=template
     ).save_pretrained(directory)
     rng = random.Random(0)
     rows = Path(directory) / "rows.jsonl"

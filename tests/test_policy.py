@@ -74,6 +74,7 @@ SHARED = [
     ([1, 5, 41, 8, 2], [[9, 8, 3], [7], [], [9, 8, 3], [11, 12, 3]]),
     ([1, 2], [[3]]),
     ([1, 6, 2], [[4, 5], [6, 3]]),
+    ([1, 7, 9, 2, 6, 8], [[4, 5, 6, 3]]),
 ]
 FAMILIES = {  # transformers' model_type -> what it needs
     "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 16}, "olmo2": {},
@@ -106,7 +107,7 @@ def test_answers_that_share_a_prompt_are_as_if_they_did_not(family, device, tmp_
     found = []
     for segments in (SHARED, apart):
         inputs = policy.collate(segments)
-        assert (inputs[0].shape[0], inputs[2] is None) == ((2, False) if policy.shares else (8, True))
+        assert (inputs[0].shape[0], inputs[2] is None) == ((2, False) if policy.shares else (9, True))
         logps_BT, entropy_BT, mask_BT = policy(*inputs)
         weight_BT = torch.arange(1, mask_BT.numel() + 1).reshape(mask_BT.shape)
         ((logps_BT + 0.1 * entropy_BT) * weight_BT).sum().backward()
@@ -142,12 +143,22 @@ def test_what_shares_a_prompt(policy):
 
 def test_short_segments_fill_the_rows_of_long_ones(policy):
     """At most a tenth is padding, even with a heavy tail; a mask costs long rows more than it saves."""
-    assert policies.first_fit([3, 9, 4, 2, 5]) == ([18, 0, 9 + 5, 18 + 3, 9], 3)
+    assert policies.first_fit([3, 9, 4, 2, 5], 9) == (9, [18, 0, 9 + 5, 18 + 3, 9], 3)
+    assert policies.first_fit([3, 9, 4, 2, 5], 13) == (13, [13 + 5, 0, 9, 13 + 8, 13], 2)
     rng = random.Random(0)
     segments = [([5] * 8, [[6] * min(64, int(rng.paretovariate(1.1))) for _ in range(4)]) for _ in range(64)]
     real = sum(policies.segment_width(*segment) for segment in segments)
     ids_RL = policy.collate(segments)[0]
     assert ids_RL.count_nonzero() == real > 0.9 * ids_RL.numel()
+    padded = real = 0
+    for _ in range(20):  # log-normal, as in results/benchmark.py
+        segments = [
+            ([5] * 8, [[6] * min(8, 1 + int(rng.lognormvariate(math.log(2), 1))) for _ in range(8)])
+            for _ in range(32)
+        ]
+        padded += policy.collate(segments)[0].numel()
+        real += sum(policies.segment_width(*segment) for segment in segments)
+    assert real > 0.9 * padded
     long = [([5] * 8, [[6] * 400]), ([5] * 8, [[6] * 200]), ([5] * 8, [[6] * 180])]
     assert policy.collate(long)[0].shape == (3, 407) and policy.collate(long)[2] is None
 
