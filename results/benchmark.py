@@ -260,7 +260,7 @@ def main():
     args = get_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        args.data = str(ROOT / "toy" / "train.jsonl")
+        args.data = os.path.relpath(ROOT / "toy" / "train.jsonl")
         if args.random:
             args.max_prompt_tokens = args.prompt_tokens
             sizes = (args.prompt_tokens, args.new_tokens)

@@ -95,11 +95,14 @@ LEFT_OUT = "window of 4", "window of 64", "32 prompts", "128 prompts", ": most m
 
 def parts():
     print("| what | median (least to most) | | model |\n|---|---|---|---|")
-    for name in ("toy", "30m", "135m"):
-        for what, figure in json.loads((HERE / "speed" / f"{name}.json").read_text())["figures"].items():
+    read = lambda name: json.loads((HERE / "speed" / f"{name}.json").read_text())["figures"]  # noqa: E731
+    figures = {"toy": read("toy") | read("rows"), "30m": read("30m"), "135m": read("135m")}
+    for name in figures:
+        for what, figure in figures[name].items():
             if any(words in what for words in LEFT_OUT):
                 continue
-            middle, least, most = (f"{f(figure['values']):,.4g}" for f in (statistics.median, min, max))
+            middle, least, most = (f(figure["values"]) for f in (statistics.median, min, max))
+            middle, least, most = (f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in (middle, least, most))
             print(f"| {what} | {middle} ({least} to {most}) | {figure['unit']} | {name} |")
 
 
