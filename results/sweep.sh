@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The runs behind the README's figures and table: the toy, 400 steps, three seeds each.
 #
-#     bash results/sweep.sh              # 40 minutes on 2 CPU cores; finished runs are skipped
+#     bash results/sweep.sh              # 20 minutes on 2 CPU cores; finished runs are skipped
 #
 # Two runs at a time, on a core each: the toy is too small to use two cores well. A run appears under results/toy/
 # only when it is complete; its logs are committed, its model is not.
