@@ -145,7 +145,7 @@ def save(run, progress: Progress, fingerprint: int, policy, optimizer, queue: li
 
 
 def find(args: Namespace) -> Checkpoint | None:
-    """The checkpoint that --resume asks for, or None; sets --out to its run. Collective.
+    """The checkpoint that --resume asks for, or None; sets --out and --date to its run's. Collective.
 
     auto: the newest good one of --out, or None where there is none yet. A run's directory: its newest good
     one. A checkpoint's: that one. A damaged one is named on the console. Raises ArgumentError if nothing is
@@ -169,6 +169,7 @@ def find(args: Namespace) -> Checkpoint | None:
             facts = json.loads((run / "args.json").read_text())
         except ValueError as error:
             raise ArgumentError(None, f"{run}/args.json: damaged ({error})") from error
+        args.date = args.date or facts["args"].get("date")  # prompts must not change half-way
         changed_flags(args, facts)
         if (run / "model").exists() and args.steps <= facts["args"]["steps"]:
             say(f"{run} has done its {facts['args']['steps']} steps")

@@ -3,25 +3,29 @@
 A row is one JSON object:
     prompt   string, or a list of chat messages [{"role": ..., "content": ...}] that ends with the user's
     reward   how an answer is scored: one of rewards.REWARDS
-    answer   the reference answer, where that reward needs one
+    answer   the reference answer, where that reward needs one: a text or a number
     uid      the id that Arena-Hard knows it by, where it is one of its questions
 and whatever else its owner keeps.
 """
 
 import argparse
+import datetime
 import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
 import sys
+import unicodedata
 import zlib
 from argparse import ArgumentError
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,11 +34,16 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Row:
     prompt: str | list  # as the file has it
-    ids: list[int]  # the chat template applied, once; what the sampler and the policy both read
+    # the chat template applied, once; what the sampler and the policy both read. Not in the fingerprint
+    ids: list[int] = field(repr=False)
     reward: str | None  # None: nothing scores it (only an evaluation accepts that)
     answer: str | None
     uid: str | None = None
     where: str = field(default="", compare=False, repr=False)  # source and line, to name it by
+
+    @property
+    def messages(self) -> list[dict]:
+        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
 
 
 class Prompts:
@@ -42,23 +51,34 @@ class Prompts:
 
     An epoch is as many rows as all sources have together; source j gives a share proportional to its weight
     (by default its size, so that an epoch is every row once) and goes on through its own shuffled order from
-    epoch to epoch.
+    epoch to epoch. A share that is no whole number is carried over: a source that is due less than a row an
+    epoch gives one every few epochs.
     """
 
     def __init__(self, sources: list[list[Row]], weights: list[float] | None, seed: int):
         self.sources, self.seed = sources, seed
         self.epoch_size = sum(len(source) for source in sources)
         weights = weights or [len(source) for source in sources]
-        shares = [weight / sum(weights) * self.epoch_size for weight in weights]
-        edges = [round(sum(shares[:j])) for j in range(len(shares) + 1)]  # so that rounded shares add up
-        self.shares = [right - left for left, right in itertools.pairwise(edges)]
+        self.shares = [weight / sum(weights) * self.epoch_size for weight in weights]
+        self.taken = [[0] * len(sources)]  # rows of each source that all epochs before the k-th take
         self._epoch = functools.lru_cache(maxsize=2)(self._epoch)
+
+    def _taken(self, epoch: int) -> list[int]:
+        """How many rows of each source all epochs before this one take."""
+        for k in range(len(self.taken), epoch + 1):
+            due = [share * k - taken for share, taken in zip(self.shares, self.taken[-1], strict=True)]
+            taken = list(self.taken[-1])
+            for _ in range(self.epoch_size):  # each row comes from the source that is most behind its share
+                j = due.index(max(due))
+                taken[j], due[j] = taken[j] + 1, due[j] - 1
+            self.taken.append(taken)
+        return self.taken[epoch]
 
     def _epoch(self, epoch: int) -> list[tuple[int, int]]:
         """The (source, row) pairs of one epoch, in order."""
-        order = []
-        for j, (source, share) in enumerate(zip(self.sources, self.shares, strict=True)):
-            for k in range(epoch * share, (epoch + 1) * share):  # the k-th row ever taken from source j
+        order, ends = [], self._taken(epoch + 1)
+        for j, (source, start, end) in enumerate(zip(self.sources, self._taken(epoch), ends, strict=True)):
+            for k in range(start, end):  # the k-th row ever taken from source j
                 own_epoch, place = divmod(k, len(source))
                 order.append((j, _permutation(len(source), f"{self.seed} {j} {own_epoch}")[place]))
         random.Random(f"{self.seed} mix {epoch}").shuffle(order)
@@ -72,7 +92,9 @@ class Prompts:
 
 
 def fingerprint(sources: list[list]) -> int:
-    """Of all rows in their order, whatever the files are called: a resumed run must find the same."""
+    """Of all rows in their order, as their owner wrote them, whatever the files are called: a resumed run
+    must find the same. Token ids do not count, since a template may write the date.
+    """
     crc = 0
     for row in itertools.chain(*sources):
         crc = zlib.crc32(repr(row).encode(), crc)
@@ -89,63 +111,106 @@ def _permutation(n: int, key: str) -> list[int]:
 def load_prompts(
     sources: list[str],
     tokenizer,
+    vocab: int,
     check: Callable[[dict], str | None],
     max_tokens: int,
-    progress: bool = False,
+    date: str,
+    talks: bool = False,
 ) -> tuple[list[list[Row]], int]:
     """Loads, checks and tokenizes; returns (the rows of each source, how many were dropped for being too
     long).
 
     sources: .jsonl or .parquet files, or datasets on the hub as `name[:split[:config]]` (split: train).
-    check: what is wrong with the reward fields of a raw row, or None (rewards.complaint).
-    max_tokens: a longer prompt is dropped, never cut: a cut problem has another answer.
+    vocab: ids from it on are not the model's. check: what is wrong with the reward fields of a raw row, or
+    None (rewards.complaint). max_tokens: a longer prompt is dropped, never cut: a cut problem has another
+    answer. date: the day (YYYY-MM-DD) that a template with a clock writes. talks: whether progress and
+    warnings are shown.
     Raises ArgumentError that names the source and the line or row of the first fault.
     """
-    loaded = [_load(source, tokenizer, check, max_tokens, progress) for source in sources]
+    loaded = [_load(source, tokenizer, vocab, check, max_tokens, date, talks) for source in sources]
     return [rows for rows, _ in loaded], sum(dropped for _, dropped in loaded)
 
 
-def _load(source, tokenizer, check, max_tokens, progress) -> tuple[list[Row], int]:
-    raw, where = _read(source)
-    texts = []
-    for number, row in tqdm(raw, desc=f"checking {source}", disable=not progress, leave=False):
-        complaint = _prompt_complaint(row) or check(row)
+def _load(source, tokenizer, vocab, check, max_tokens, date, talks) -> tuple[list[Row], int]:
+    raw, what = _read(source)
+    rows, texts = [], []
+    for number, line in tqdm(raw, desc=f"checking {source}", disable=not talks, leave=False):
+        if isinstance(line, dict) and isinstance(line.get("prompt"), list):
+            line["prompt"] = _without_none(line["prompt"])
+        complaint = _row_complaint(line) or check(line)
         if complaint:
-            raise ArgumentError(None, f"{source}, {where} {number}: {complaint}")
-        prompt = row["prompt"]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            raise ArgumentError(None, f"{source}, {what} {number}: {complaint}")
+        answer, uid = (_text(line.get(key)) for key in ("answer", "uid"))
+        row = Row(line["prompt"], [], line.get("reward"), answer, uid, f"{source} {what} {number}")
         try:
-            texts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            texts.append(render(tokenizer, row.messages, date))
         except Exception as error:  # templates raise what they like: jinja2's TemplateError, TypeError, ...
-            raise ArgumentError(
-                None, f"{source}, {where} {number}: the chat template refuses it ({error})"
-            ) from error
-    if not raw:
-        raise ArgumentError(None, f"{source}: no rows in it")
-    ids = tokenizer(texts, add_special_tokens=False)[
-        "input_ids"
-    ]  # the template has written the special tokens already
-    rows = [
-        Row(
-            row["prompt"],
-            i,
-            row.get("reward"),
-            _text(row.get("answer")),
-            _text(row.get("uid")),
-            f"{source} {where} {number}",
-        )
-        for (number, row), i in zip(raw, ids, strict=True)
-        if len(i) <= max_tokens
-    ]
+            reason = f"the chat template refuses it ({error})"
+            raise ArgumentError(None, f"{source}, {what} {number}: {reason}") from error
+        rows.append(row)
     if not rows:
-        shortest = min(len(i) for i in ids)
-        raise ArgumentError(
-            None, f"{source}: no prompt fits --max-prompt-tokens {max_tokens}; the shortest has {shortest}"
-        )
-    return rows, len(ids) - len(rows)
+        raise ArgumentError(None, f"{source}: no rows in it")
+    # the template has written the special tokens already
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [replace(row, ids=row_ids) for row, row_ids in zip(rows, ids, strict=True)]
+    _check_ids(rows, texts, tokenizer, vocab, talks)
+    short = [row for row in rows if len(row.ids) <= max_tokens]
+    if not short:
+        shortest = f"the shortest has {min(map(len, ids))}"
+        raise ArgumentError(None, f"{source}: no prompt fits --max-prompt-tokens {max_tokens}; {shortest}")
+    return short, len(rows) - len(short)
+
+
+def render(tokenizer, messages: list[dict], date: str) -> str:
+    """A prompt as the tokenizer's chat template writes it on the day `date`, up to the completion."""
+    clock = datetime.date.fromisoformat(date).strftime  # in place of transformers' own, which is today's
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False, strftime_now=clock
+    )
+
+
+def _without_none(value):
+    """Without keys that hold None: parquet and the hub give every message the keys of all messages."""
+    if isinstance(value, dict):
+        return {key: _without_none(part) for key, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if isinstance(value, list) else value
+
+
+def _check_ids(rows: list[Row], texts: list[str], tokenizer, vocab: int, talks: bool):
+    """Compares the ids of rows with the texts that they were made of. Raises ArgumentError for an id that has
+    no row in the model's matrix, and where the tokenizer loses most of a prompt; says on stderr how many
+    prompts lose some characters.
+    """
+    lossy = []
+    for row, text in zip(rows, texts, strict=True):
+        if max(row.ids, default=0) >= vocab:
+            sizes = (
+                f"the tokenizer goes up to {max(tokenizer.get_vocab().values())}, the matrix has {vocab} rows"
+            )
+            raise ArgumentError(None, f"{row.where}: id {max(row.ids)} in the prompt: {sizes}")
+        back = tokenizer.decode(row.ids)
+        lost = Counter() if back == text else Counter(_visible(text)) - Counter(_visible(back))
+        if 2 * lost.total() > len(_visible("".join(m["content"] for m in row.messages))):
+            reason = f"the tokenizer makes {back[:60]!r} of {text[:60]!r}: is one of its files missing?"
+            raise ArgumentError(None, f"{row.where}: {reason}")
+        lossy += [(row, lost)] if lost else []
+    if lossy and talks:
+        row, lost = lossy[0]
+        example = f"{''.join(sorted(lost))!r} in {row.where}"
+        tqdm.write(f"warning: {len(lossy)} prompt(s) lose characters in the tokenizer: {example}", sys.stderr)
+
+
+def _visible(text: str) -> str:
+    """What a tokenizer has to keep: not spaces, case or ways to write the same character."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(char for char in text if unicodedata.category(char)[0] not in "CZ")
 
 
 def _text(value) -> str | None:
+    """Numbers of JSON and parquet as people write them: 42.0 as 42, 1e-05 as 0.00001."""
+    if isinstance(value, float | Decimal):
+        exact = Decimal(str(value))
+        return str(int(exact)) if exact == exact.to_integral_value() else f"{exact.normalize():f}"
     return None if value is None else str(value)
 
 
@@ -179,10 +244,13 @@ def load_rollouts(
     return groups
 
 
-def _prompt_complaint(row) -> str | None:
-    """What is wrong with a raw row's prompt, or None."""
+def _row_complaint(row) -> str | None:
+    """What is wrong with a raw row, but for what its reward needs, or None."""
     if not isinstance(row, dict):
         return f"a row is a JSON object, not {json.dumps(row)[:80]}"
+    for key in ("answer", "uid"):
+        if isinstance(row.get(key), float | Decimal) and not math.isfinite(row[key]):
+            return f"`{key}` is {row[key]}, which is no number"
     prompt = row.get("prompt")
     if prompt is None:
         return f"no `prompt` (it has: {', '.join(row) or 'nothing'})"

@@ -32,7 +32,6 @@ import rewards
 import run as runs
 import sampler as samplers
 
-TOY = Path(os.path.relpath(Path(__file__).parent)) / "toy"
 SAMPLES = 50  # of a verifiable problem, as in the paper; 1 of a chat
 # flags that change nothing in the answers: the same evaluation may go on with others
 FREE = {"out", "name", "pass_k", "gpu_memory", "reward_timeout", "reward_offload", "judge_timeout"}
@@ -48,10 +47,18 @@ def get_args(argv=None) -> argparse.Namespace:
     )
     parser.error = runs.fail
     add = parser.add_argument
+    folder = os.path.relpath(Path(__file__).parent / "toy")
+    toy = {  # without --model it is the toy, with values of its own
+        "model": f"{folder}/model",
+        "data": [f"{folder}/valid.jsonl"],
+        "max_prompt_tokens": 24,
+        "max_new_tokens": 8,
+    }
     # fmt: off
-    add("--model", default=str(TOY / "model"), help="run directory, model directory or hub name")
+    add("--model", help="run directory, model directory or hub name; a run's lengths and date are taken over")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add("--data", nargs="+", default=[str(TOY / "valid.jsonl")], help=".jsonl, .parquet or hub names")
+    add("--data", nargs="+", help=".jsonl, .parquet or hub names")
+    add("--date", type=runs.day, help="what a chat template with a clock writes (default: today)")
     add("--out", type=Path, help="where the answers and results go (default: runs/eval-<model's name>)")
     add("--name", help="what the answer files call the model (default: its directory or hub name)")
     add("--samples", type=count, help=f"to each problem (default: {SAMPLES}, as in the paper; of a chat 1)")
@@ -60,16 +67,20 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--greedy", action="store_true", help="one answer each, always the likeliest token")
     add("--pass-k", nargs="+", type=count, default=[], metavar="K",
         help="also print pass@K, the chance that one of K answers is right")
-    add("--max-prompt-tokens", type=count, default=24, help="longer ones are left out; 8B models: 1024")
-    add("--max-new-tokens", type=count, default=8, help="of an answer; 8B models: 2048; paper: not stated")
+    add("--max-prompt-tokens", type=count, default=1024, help="longer ones are left out")
+    add("--max-new-tokens", type=count, default=2048, help="of an answer; paper: not stated")
     rewards.add_flags(add, count, size)
     add("--chunk", type=count, default=1024, help="about how many answers to sample in one call")
     add("--sampler", choices=["vllm", "hf"], default="vllm", help="hf: transformers, needs no vLLM")
     add("--gpu-memory", type=size, default=0.6, help="vLLM's share of a GPU (weights and KV cache)")
     add("--seed", type=int, default=0, help="of sampling")
     # fmt: on
+    args = runs.parse(parser, argv, toy)
+    parser.set_defaults(**settings_of_run(args.model))
     args = parser.parse_args(argv)
 
+    if not args.data:
+        parser.error(f"--model {args.model}: needs --data, rows to evaluate on (the toy's go with the toy)")
     if args.top_p > 1:
         parser.error(f"--top-p {args.top_p:g}: a share of the probability, at most 1")
     if args.gpu_memory >= 1:
@@ -95,6 +106,22 @@ def find_model(model: str) -> str:
         if (directory / "config.json").exists():
             return str(directory)
     raise argparse.ArgumentError(None, f"--model {model}: no config.json in it or in its model/")
+
+
+def read_args(directory: Path) -> dict:
+    """What its args.json says; {} without one."""
+    file = directory / "args.json"
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise argparse.ArgumentError(None, f"{file}: damaged ({error})") from error
+
+
+def settings_of_run(model: str) -> dict:
+    """Lengths and date that a model was trained with, where it is a run's directory, or the model/ in one."""
+    path = Path(model).absolute()
+    flags = read_args(path.parent if path.name == "model" else path).get("args", {})
+    return {name: flags[name] for name in ("max_prompt_tokens", "max_new_tokens", "date") if flags.get(name)}
 
 
 def measure_of(reward: str | None) -> str:
@@ -169,16 +196,22 @@ def settings(args, model: str, sources: list) -> dict:
     return json.loads(json.dumps(found))
 
 
-def check_settings(out: Path, wanted: dict):
-    """Raises ArgumentError where `out` holds, or began, an evaluation with other settings."""
+def earlier_settings(out: Path) -> dict:
+    """Those of the evaluation that `out` holds or that began there. Raises ArgumentError for other uses."""
     if out.exists() and not out.is_dir():
         raise argparse.ArgumentError(None, f"--out {out}: a file, not a directory")
     if not (out / "args.json").exists():
-        return runs.check_writable(out)
-    found = json.loads((out / "args.json").read_text()).get("settings")
+        runs.check_writable(out)
+        return {}
+    found = read_args(out).get("settings")
     if found is None:
         raise argparse.ArgumentError(None, f"--out {out}: holds something else; name another directory")
-    for name, value in wanted.items():
+    return found
+
+
+def check_settings(out: Path, found: dict, wanted: dict):
+    """Raises ArgumentError where the evaluation that `out` holds has other settings."""
+    for name, value in wanted.items() if found else []:
         if found.get(name) != value:
             what = f"--{name.replace('_', '-')} {found.get(name)}, now {value}"
             what = {"rows": "other rows in --data", "weights": "other weights in --model"}.get(name, what)
@@ -223,7 +256,7 @@ def write_chats(out: Path, name: str, chats: list[tuple]):
     """(row, text) pairs, as AlpacaEval and, of its own questions, Arena-Hard read them."""
     alpaca, arena = [], []
     for row, text in chats:
-        messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+        messages = row.messages
         if not row.uid:  # that tool takes the mean length over all that the file holds
             alpaca.append({"instruction": messages[-1]["content"], "output": text, "generator": name})
         else:
@@ -252,17 +285,21 @@ def main(argv=None):
     path = Path(args.model).absolute()
     name = args.name or (path.parent if path.name == "model" and path.exists() else path).name
     out = args.out or Path("runs") / f"eval-{name}"
+    earlier = earlier_settings(out)
+    args.date = args.date or earlier.get("date") or policies.gather([time.strftime("%Y-%m-%d")])[0]
 
     # 2 problems, in chunks: (source, [(number in it, row)], answers to each)
     length = args.max_prompt_tokens + args.max_new_tokens
-    tokenizer = policies.load_tokenizer(model, length, args.trust_remote_code)
+    tokenizer, vocab = policies.load_tokenizer(model, length, args.trust_remote_code)
+    stop_ids = samplers.end_tokens(model, tokenizer, vocab, args.trust_remote_code)
     check = lambda row: None if row.get("reward") is None else rewards.complaint(row)  # noqa: E731
-    sources, dropped = data.load_prompts(args.data, tokenizer, check, args.max_prompt_tokens, rank == 0)
+    limits = (args.max_prompt_tokens, args.date, rank == 0)
+    sources, dropped = data.load_prompts(args.data, tokenizer, vocab, check, *limits)
     kind = "rm" if args.reward_model else "judge" if args.judge_url else None
     if kind:  # rows without a reward are then scored by it
         sources = [[replace(row, reward=row.reward or kind) for row in rows] for rows in sources]
     wanted = settings(args, model, sources)
-    check_settings(out, wanted)
+    check_settings(out, earlier, wanted)
     chunks = []
     for source, rows in enumerate(sources):
         for measure in ("accuracy", "reward model", "judge", "-"):
@@ -273,8 +310,8 @@ def main(argv=None):
     sizes = [len(part) * n for _, part, n in chunks]
 
     # 3 reward model, scorer, sampler
-    scorer = rewards.Scorer({row.reward for rows in sources for row in rows} - {None}, args, device, dtype)
-    engine = (tokenizer, device, dtype, length, args.gpu_memory, False)
+    scorer = rewards.Scorer(sum(sources, []), args, device, dtype, talks=rank == 0)
+    engine = (tokenizer, vocab, stop_ids, device, dtype, length, args.gpu_memory, False)
     sampler = samplers.load_sampler(args.sampler, model, *engine, args.trust_remote_code)
 
     # 4 what an interrupted evaluation has left

@@ -31,6 +31,9 @@ TIMEOUT = timedelta(minutes=60)  # of a collective: ranks wait for the one that 
 MASKED = (
     4  # cost of a pair of tokens under a mask, in those of a causal kernel that leaves pairs out; a guess
 )
+# Most nats between our log-probs and the plain model's, on average. In float32 the order of sums differs; in
+# 16 bits each operation on a capped logit of 30 is off by up to 0.06, and a factor left out by a nat.
+FAMILY_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 CHUNK_LOGITS = 2**25  # logits that exist at one time: 128 MiB in float32, 261 tokens of Llama 3's vocabulary
 
 
@@ -100,20 +103,24 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def load_tokenizer(model: str, length: int, trust=False):
-    """The tokenizer of a directory or hub name; trust: whether code that comes with it may run.
+def load_tokenizer(model: str, length: int, trust=False) -> tuple:
+    """The tokenizer of a directory or hub name, and vocab: ids below it are the tokenizer's and have a row in
+    the model's matrices, so they may be sampled. trust: whether code that comes with it may run.
 
-    Raises ArgumentError if there is none, it has no chat template, or the model's context is under `length`.
+    Raises ArgumentError if there is none, it has no chat template, the model's context is under `length`, or
+    its matrices have too few rows or far too many. Added tokens may lie beyond them (one of gemma 3's does):
+    prompts that have such a token are refused later.
     """
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
         context = getattr(config, "max_position_embeddings", length)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers' own library raises what it likes
         if "trust_remote_code" in str(error):
             way = "it brings code of its own, which runs only with --trust-remote-code"
             raise ArgumentError(None, f"--model {model}: {way}") from error
-        raise ArgumentError(None, f"--model {model}: no model there ({_first_line(error)})") from error
+        reason = f"no model with a tokenizer there ({_first_line(error)})"
+        raise ArgumentError(None, f"--model {model}: {reason}") from error
     if not tokenizer.chat_template:
         raise ArgumentError(
             None, f"--model {model}: its tokenizer has no chat template; use an instruct model"
@@ -121,7 +128,15 @@ def load_tokenizer(model: str, length: int, trust=False):
     if context < length:
         flags = f"--max-prompt-tokens + --max-new-tokens = {length}"
         raise ArgumentError(None, f"--model {model}: its context of {context} tokens is less than {flags}")
-    return tokenizer
+    ids, added = tokenizer.get_vocab().values(), set(tokenizer.get_added_vocab().values())
+    rows = config.get_text_config().vocab_size
+    if max(set(ids) - added, default=0) >= rows:
+        reason = f"its tokenizer has ids up to {max(ids)}, its matrix {rows} rows: they are not of one model"
+        raise ArgumentError(None, f"--model {model}: {reason}")
+    if 4 * len(ids) < rows:  # of a tokenizer whose files are partly missing, transformers keeps a handful
+        reason = f"its tokenizer has {len(ids)} tokens, its matrix {rows} rows: is a file missing?"
+        raise ArgumentError(None, f"--model {model}: {reason}")
+    return tokenizer, min(max(ids, default=0) + 1, rows)
 
 
 class TokenLogps(torch.autograd.Function):
@@ -129,17 +144,19 @@ class TokenLogps(torch.autograd.Function):
 
     Forward and backward go through the tokens in chunks; the backward pass computes a chunk's logits again:
         d logp / d logits = onehot - p,    d entropy / d logits = -p (log p + entropy),    both / temperature
+    cap: None, or the bound c of a model whose logits are c tanh(logits / c): gemma 2's.
     """
 
     @staticmethod
-    def forward(ctx, hidden_NH, head_VH, target_N, vocab: int, temperature: float):
+    def forward(ctx, hidden_NH, head_VH, target_N, vocab: int, temperature: float, cap: float | None = None):
         logp_N, entropy_N = (torch.empty(len(target_N), device=target_N.device) for _ in range(2))
         for n in TokenLogps.chunks(target_N, head_VH[:vocab]):
-            logp_nV = TokenLogps.log_softmax(hidden_NH[n], head_VH[:vocab], temperature)
+            logp_nV = TokenLogps.logits(hidden_NH[n], head_VH[:vocab], temperature, cap)
+            logp_nV.sub_(logp_nV.logsumexp(-1, keepdim=True))
             logp_N[n] = logp_nV.gather(-1, target_N[n, None]).squeeze(-1)
             entropy_N[n] = -logp_nV.exp().mul_(logp_nV).sum(-1)
         ctx.save_for_backward(hidden_NH, head_VH, target_N, entropy_N)
-        ctx.vocab, ctx.temperature = vocab, temperature
+        ctx.vocab, ctx.temperature, ctx.cap = vocab, temperature, cap
         return logp_N, entropy_N
 
     @staticmethod
@@ -148,14 +165,18 @@ class TokenLogps(torch.autograd.Function):
         grad_hidden_NH = torch.empty_like(hidden_NH)
         grad_head_VH = torch.zeros_like(head_VH, dtype=torch.float32)  # in bfloat16 a sum of chunks drifts
         for n in TokenLogps.chunks(target_N, head_VH[: ctx.vocab]):
-            logp_nV = TokenLogps.log_softmax(hidden_NH[n], head_VH[: ctx.vocab], ctx.temperature)
+            logp_nV = TokenLogps.logits(hidden_NH[n], head_VH[: ctx.vocab], ctx.temperature, ctx.cap)
+            slope_nV = ctx.cap and 1 - (logp_nV * (ctx.temperature / ctx.cap)).square_()  # of tanh
+            logp_nV.sub_(logp_nV.logsumexp(-1, keepdim=True))
             p_nV, grad_logp_n1 = logp_nV.exp(), grad_logp_N[n, None]
             grad_nV = logp_nV.add_(entropy_N[n, None]).mul_(-grad_entropy_N[n, None])  # in place: it is large
             grad_nV.sub_(grad_logp_n1).mul_(p_nV).scatter_add_(-1, target_N[n, None], grad_logp_n1)
+            if ctx.cap:
+                grad_nV.mul_(slope_nV)
             grad_nV = grad_nV.div_(ctx.temperature).to(head_VH.dtype)
             grad_hidden_NH[n] = grad_nV @ head_VH[: ctx.vocab]
             grad_head_VH[: ctx.vocab] += grad_nV.T @ hidden_NH[n]
-        return grad_hidden_NH, grad_head_VH.to(head_VH.dtype), None, None, None
+        return grad_hidden_NH, grad_head_VH.to(head_VH.dtype), None, None, None, None
 
     @staticmethod
     def chunks(target_N, head_VH) -> list[slice]:
@@ -163,9 +184,11 @@ class TokenLogps(torch.autograd.Function):
         return [slice(start, start + size) for start in range(0, len(target_N), size)]
 
     @staticmethod
-    def log_softmax(hidden_nH, head_VH, temperature: float):
-        logits_nV = torch.nn.functional.linear(hidden_nH, head_VH).float().div_(temperature)
-        return logits_nV.sub_(logits_nV.logsumexp(-1, keepdim=True))
+    def logits(hidden_nH, head_VH, temperature: float, cap: float | None):
+        logits_nV = torch.nn.functional.linear(hidden_nH, head_VH).float()
+        if cap:
+            logits_nV.div_(cap).tanh_().mul_(cap)
+        return logits_nV.div_(temperature)
 
 
 class Policy(nn.Module):
@@ -177,14 +200,19 @@ class Policy(nn.Module):
 
     def __init__(self, lm: nn.Module, vocab: int, temperature: float):
         super().__init__()
-        self.lm, self.vocab, self.temperature = lm, vocab, temperature
+        self.lm, self.vocab = lm, vocab
         self.config = lm.config.get_text_config()
+        # After the output matrix cohere multiplies the logits, granite divides them, gemma 2 caps them. A
+        # factor is one more temperature. `_check_family` refuses families that do something else.
+        get = lambda name: getattr(self.config, name, None)  # noqa: E731
+        factor, cap = (get("logit_scale") or 1) / (get("logits_scaling") or 1), get("final_logit_softcapping")
+        self.temperature, self.cap = temperature / factor, cap and cap / factor
         # whether a row can hold several answers: every layer has full attention and takes any mask
         kinds = getattr(self.config, "layer_types", None) or [getattr(self.config, "sliding_window", None)]
         self.shares = self.config._attn_implementation == "sdpa" and set(kinds) <= {"full_attention", None}
 
     def forward(self, ids_RL, place_RL, segment_RL, answer_RL, source_N, target_N, mask_BT):
-        """Log-prob of every answer token under softmax(logits / temperature) over the tokenizer's ids.
+        """Log-prob of every answer token under softmax(logits / temperature) over the ids below `vocab`.
 
         The arguments are those that `collate` returns. Returns float32 logps_BT and entropy_BT (nats), 0
         outside the mask, and the bool mask_BT, true where answer b has a token t, the end token included.
@@ -198,7 +226,8 @@ class Policy(nn.Module):
         hidden_RLH = self.lm.get_decoder()(input_ids=ids_RL, use_cache=False, **more).last_hidden_state
         hidden_NH = hidden_RLH.flatten(0, 1).index_select(0, source_N)
         head_VH = self.lm.get_output_embeddings().weight
-        logps_N, entropy_N = TokenLogps.apply(hidden_NH, head_VH, target_N, self.vocab, self.temperature)
+        head = (self.vocab, self.temperature, self.cap)
+        logps_N, entropy_N = TokenLogps.apply(hidden_NH, head_VH, target_N, *head)
         zeros_BT = torch.zeros(mask_BT.shape, device=ids_RL.device)
         logps_BT, entropy_BT = (zeros_BT.masked_scatter(mask_BT, x_N) for x_N in (logps_N, entropy_N))
         return logps_BT, entropy_BT, mask_BT
@@ -354,7 +383,7 @@ def load_policy(
 ) -> Policy:
     """Loads a model and shards it over the ranks; a reference is loaded the same way, trainable=False.
 
-    vocab: ids below it may be sampled (the tokenizer's length; a model's matrix is often padded beyond it).
+    vocab: ids below it may be sampled (`load_tokenizer`).
     trust: whether code that comes with the model may run. mesh: `device_mesh`'s, or None: over all ranks.
     Trainable: float32 master weights, computing in bfloat16 on a GPU. Not trainable: weights in the computing
     dtype. Raises ArgumentError for a model that cannot be loaded or whose layers cannot be found.
@@ -363,12 +392,16 @@ def load_policy(
         lm = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust)
     except (OSError, ValueError, UnpicklingError, SafetensorError) as error:
         raise ArgumentError(None, f"--model {model}: cannot be loaded ({_first_line(error)})") from error
-    if lm.get_output_embeddings().bias is not None:
+    if getattr(lm.get_output_embeddings(), "weight", None) is None:
+        raise ArgumentError(None, f"--model {model}: {type(lm).__name__} has no output matrix")
+    if getattr(lm.get_output_embeddings(), "bias", None) is not None:
         raise ArgumentError(None, f"--model {model}: its output layer has a bias, which is not supported")
     layers = getattr(lm.get_decoder(), "layers", None)
     if layers is None:
         raise ArgumentError(None, f"--model {model}: {type(lm).__name__} has no decoder.layers to shard")
     lm.requires_grad_(trainable).eval()  # eval: the sampler has no dropout, so the policy has none
+    if trainable:  # the reference is the same model
+        _check_family(Policy(lm, vocab, 1.0), model)
     if activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers:
@@ -386,6 +419,31 @@ def load_policy(
     # the root too gives its full weights back after a forward: outside of one, parameters are always shards
     _cast_parameters(policy, dtype)
     return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+
+
+@torch.no_grad()
+def _check_family(policy: Policy, model: str):
+    """Compares log-probs of a few tokens with those of the plain model's own logits, before it is sharded.
+
+    Raises ArgumentError, with the gap, for a model whose forward does what `Policy` does not know of.
+    """
+    ids = torch.linspace(0, policy.vocab - 1, 16).long().tolist()[1:-1]
+    prompt, answers = ids[:6], [ids[6:10], ids[10:]]
+    name, gaps = type(policy.lm).__name__, []
+    try:
+        shared = [(prompt, answers)] if policy.shares else [(prompt, [answer]) for answer in answers]
+        for answer, logp_T in zip(answers, policy(*policy.collate(shared))[0], strict=True):
+            logits_LV = policy.lm(torch.tensor([prompt + answer]), use_cache=False).logits[0]
+            plain_TV = logits_LV[len(prompt) - 1 : -1, : policy.vocab].float().log_softmax(-1)
+            plain_T = plain_TV.gather(-1, torch.tensor(answer)[:, None])[:, 0]
+            gaps.append((plain_T - logp_T[: len(answer)]).abs())
+    except Exception as error:  # a family's own code raises what it likes
+        reason = f"({type(error).__name__}: {_first_line(error)})"
+        raise ArgumentError(None, f"--model {model}: {name} cannot be run here {reason}") from error
+    gap = torch.cat(gaps).mean().item()
+    if not gap <= FAMILY_GAP.get(policy.lm.dtype, FAMILY_GAP[torch.bfloat16]):
+        differ = f"log-probs computed here differ from {name}'s own by {gap:.2g} nats on average"
+        raise ArgumentError(None, f"--model {model}: {differ}; this kind of model is not supported")
 
 
 def local(p: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ sample leaves its group and is counted, it is never scored 0.
 """
 
 import argparse
+import datetime
 import functools
 import hashlib
 import itertools
@@ -21,8 +22,11 @@ import select
 import statistics
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 
 MEMORY = 2 * 2**30  # bytes of address space of a worker
 REPLIES = 20_000  # of a judge that are kept
@@ -35,19 +39,50 @@ def exact(answer: str, text: str) -> float:
 
 
 def gsm8k(answer: str, text: str) -> float:
-    """1 if the last `#### number` of the completion is the answer's number (GSM8K's own format)."""
-    return float(_last_number(text) == (_last_number(answer) or _plain(answer)))
+    """1 if the reference answer's number, and nothing else, stands behind the last `####` of the completion,
+    up to the end of the line (GSM8K's own format).
+    """
+    wanted, found = gsm8k_number(answer), gsm8k_number(text)
+    return float("####" in text and found is not None and found == wanted)
 
 
-def _last_number(text: str) -> str | None:
-    found = re.findall(r"####\s*\$?(-?[0-9][0-9.,]*)", text)
-    return _plain(found[-1]) if found else None
+def gsm8k_number(text: str) -> Fraction | None:
+    """The number behind the last `####`, or that a text without one is; None where it is none."""
+    _, marker, last = text.rpartition("####")
+    return number(last.strip().partition("\n")[0] if marker else text)
 
 
-def _plain(number: str) -> str:
-    """1,000.00 and 1000 are one number."""
-    number = number.strip().replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+CURRENCY = "[$\u00a3-\u00a5\u20a0-\u20cf]"
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d{1,3}(?:'\d{3})+|\d+)"
+NUMBER = re.compile(
+    rf"([+-]?) ?(?:\\?{CURRENCY} ?)?([+-]?)"
+    rf"(?:((?:{DIGITS}(?:\.\d+)?|\.\d+)(?:e[+-]?\d{{1,3}})?|{DIGITS}/\d+)|(\d*)([\u00bc-\u00be\u2150-\u215e]))"
+    rf"(?: ?\\?{CURRENCY})?",
+    re.IGNORECASE,
+)
+WRAPPED = re.compile(r"\\boxed\{(.*)\}|\\\[(.*)\\\]|\\\((.*)\\\)|([$*_`]+)(.*)\4")
+
+
+def number(text: str) -> Fraction | None:
+    r"""The number that a text is, decorations aside; None where it is anything else.
+
+    `**$1,000.50**`, `\boxed{-3}`, `.25`, `1/2`, `\u00bd` and `1e3` are; `18 dollars` and `50%` are not.
+    """
+    if len(text) > 100:
+        return None
+    text = re.sub(r"[\u2212\u2013]", "-", text)  # typographic minus signs
+    text = re.sub(r"\\[,;: ]|\s", " ", text.replace("\\!", "").replace("{,}", ",")).strip().removesuffix(".")
+    while wrapped := WRAPPED.fullmatch(text):
+        text = next(filter(None, reversed(wrapped.groups())), "").strip().removesuffix(".")
+    found = NUMBER.fullmatch(text)
+    if not found or (found[1] and found[2]):
+        return None
+    try:
+        value = Fraction(re.sub("[,' ]", "", found[3] or found[4] or "0"))
+    except ZeroDivisionError:
+        return None
+    value += Fraction(unicodedata.numeric(found[5])).limit_denominator(10) if found[5] else 0
+    return -value if "-" in (found[1], found[2]) else value
 
 
 def math_verify(answer: str, text: str) -> float:
@@ -62,7 +97,10 @@ def math_verify(answer: str, text: str) -> float:
     from math_verify import parse, verify
 
     gold_config, text_config = _math_configs()
-    golds = parse(answer if answer.startswith("$") else f"${answer}$", gold_config, parsing_timeout=None)
+    answer = answer.strip()
+    if not re.fullmatch(r"\$.+\$", answer, re.DOTALL):  # not LaTeX yet: a $ in front is a currency's
+        answer = f"${re.sub(rf'^{CURRENCY} *', '', answer)}$"
+    golds = parse(answer, gold_config, parsing_timeout=None)
     if not golds:
         raise ValueError(f"reference answer {answer!r} cannot be parsed")
     try:
@@ -104,11 +142,13 @@ def complaint(row: dict) -> str | None:
         return f"no `reward` (one of {', '.join(REWARDS)})"
     if not isinstance(row["reward"], str) or row["reward"] not in REWARDS:
         return f"unknown reward {row['reward']!r} (known: {', '.join(REWARDS)})"
-    answer = row.get("answer")
-    if row["reward"] in VERIFIERS and (
-        answer is None or isinstance(answer, (bool, list, dict)) or not str(answer).strip()
-    ):
-        return f"reward `{row['reward']}` needs an `answer`, a text or a number"
+    reward, answer = row["reward"], row.get("answer")
+    if reward in VERIFIERS:
+        known = isinstance(answer, str | int | float | Decimal) and not isinstance(answer, bool)
+        if not known or not str(answer).strip():
+            return f"reward `{reward}` needs an `answer`, a text or a number"
+        if reward == "gsm8k" and gsm8k_number(str(answer)) is None:
+            return f"reward `gsm8k` needs a number as `answer`, not {answer!r}"
     return None
 
 
@@ -130,11 +170,13 @@ def add_flags(add: Callable, count: Callable, size: Callable):
 class Scorer:
     """Gives every completion its reward, by the `reward` of its row.
 
-    kinds: the rewards that will be asked for; args: the values of `add_flags`. Raises ArgumentError for flags
-    that these kinds miss, a reward model that is none, a judge that does not answer.
+    rows: those whose completions will be scored; args: the values of `add_flags`, and `date`; talks: whether
+    this rank shows progress and warnings. Raises ArgumentError for flags that these rows miss, a reward model
+    that is none, a judge that does not answer, a reference answer that Math-Verify cannot use.
     """
 
-    def __init__(self, kinds: set[str], args, device, dtype):
+    def __init__(self, rows: list, args, device, dtype, talks: bool):
+        kinds = {row.reward for row in rows} - {None}
         if "rm" in kinds and not args.reward_model:
             raise argparse.ArgumentError(None, "rows with reward rm need --reward-model NAME")
         if args.reward_model and "rm" not in kinds:
@@ -147,8 +189,10 @@ class Scorer:
         self.judge = Judge(args) if "judge" in kinds else None
         self.model = None
         if "rm" in kinds:
-            self.model = RewardModel(args.reward_model, device, dtype, args.reward_offload)
+            self.model = RewardModel(args.reward_model, device, dtype, args.date, args.reward_offload)
         self.verifiers = Verifiers(verifiers, args.reward_timeout) if verifiers else None
+        if "math" in kinds:
+            check_references(rows, self.verifiers, talks)
 
     def score(self, groups: list):
         """Fills in `reward` of every completion of (row, completions) groups; None: no verdict."""
@@ -163,8 +207,43 @@ class Scorer:
             self.verifiers.close()
 
 
-def _messages(row) -> list[dict]:
-    return [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+def check_references(rows: list, verifiers: "Verifiers", talks: bool):
+    """Has Math-Verify score, for each reference answer of `math`, the completion that must be right: the
+    answer itself, or the number that it plainly is.
+
+    Raises ArgumentError for a row where that gets no verdict, since then no completion gets one. Says on
+    stderr how many answers are read as something else, with an example.
+    """
+    from tqdm import tqdm
+
+    asked: dict[str, list] = {}  # the rows of each answer that is not so plain that it cannot be misread
+    for row in rows:
+        if row.reward == "math" and not re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", row.answer):
+            asked.setdefault(row.answer, []).append(row)
+    answers, misread = list(asked), []
+    starts = range(0, len(answers), 64)
+    for start in tqdm(starts, desc="checking reference answers", disable=not talks, leave=False):
+        batch = answers[start : start + 64]
+        verdicts = verifiers([("math", answer, rf"$\boxed{{{_as_latex(answer)}}}$") for answer in batch])
+        for answer, verdict in zip(batch, verdicts, strict=True):
+            if verdict is None:
+                verifiers.close()
+                reason = f"Math-Verify cannot parse or compare the reference answer {answer!r}"
+                raise argparse.ArgumentError(None, f"{asked[answer][0].where}: {reason}; correct or drop it")
+            misread += [] if verdict else asked[answer]
+    if misread and talks:
+        row = misread[0]
+        example = f"{_as_latex(row.answer)} counts as wrong where {row.answer!r} is the answer ({row.where})"
+        tqdm.write(f"warning: Math-Verify misreads {len(misread)} reference answer(s): {example}", sys.stderr)
+
+
+def _as_latex(answer: str) -> str:
+    """The number that a reference answer plainly is, degrees too, in its simplest form; else the answer."""
+    value = number(answer.replace("\u00b0", ""))
+    if value is None:
+        return answer.strip().strip("$")
+    top, bottom = abs(value.numerator), value.denominator
+    return "-" * (value < 0) + (str(top) if bottom == 1 else rf"\frac{{{top}}}{{{bottom}}}")
 
 
 class Verifiers:
@@ -252,12 +331,14 @@ class RewardModel:
 
     name: directory or hub name of any sequence classifier with one label (Skywork-Reward-V2 and its like: the
     head reads the last token), or of a model in Athene-RM-8B's layout (`v_head` reads the CLS token that is
-    put behind the conversation); offload: park it in host memory between uses; max_tokens: of a
-    conversation, a longer one gets no verdict; batch_tokens: most padded tokens of one forward. Raises
-    ArgumentError for what is not such a model.
+    put behind the conversation); date: the day that a template with a clock writes; offload: park it in host
+    memory between uses; max_tokens: of a conversation, a longer one gets no verdict; batch_tokens: most
+    padded tokens of one forward. Raises ArgumentError for what is not such a model.
     """
 
-    def __init__(self, name: str, device, dtype, offload=False, max_tokens=4096, batch_tokens=2**14):
+    def __init__(
+        self, name: str, device, dtype, date: str, offload=False, max_tokens=4096, batch_tokens=2**14
+    ):
         from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -280,22 +361,29 @@ class RewardModel:
             raise fail("its tokenizer has no chat template")
         if self.athene and self.tokenizer.cls_token_id is None:
             raise fail("its tokenizer has no CLS token, which Athene's value head reads")
+        self.clock = datetime.date.fromisoformat(date).strftime
+        self.rows = model.get_input_embeddings().num_embeddings
+        probe = self.encode([{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}])
+        back = self.tokenizer.decode(probe)
+        if "1+1=" not in back.replace(" ", ""):
+            reason = f"its tokenizer does not keep its text ('1+1=' comes back as {back[:40]!r})"
+            raise fail(f"{reason}: is a file missing?")
         self.home = "cpu" if offload else device
         self.model = model.to(self.home).eval().requires_grad_(False)
         self.device, self.max_tokens, self.batch_tokens = device, max_tokens, batch_tokens
 
     def encode(self, conversation: list[dict]) -> list[int]:
         """Token ids of messages, the last of which is the answer; the template writes the special tokens."""
-        text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
+        text = self.tokenizer.apply_chat_template(conversation, tokenize=False, strftime_now=self.clock)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids + [self.tokenizer.cls_token_id] if self.athene else ids
 
     def __call__(self, conversations: list[list[dict]]) -> list[float | None]:
-        """The reward of each conversation; None over `max_tokens`."""
+        """The reward of each conversation; None over `max_tokens`, or with ids beyond its matrix."""
         import torch
 
         ids = [self.encode(conversation) for conversation in conversations]
-        short = [i for i in range(len(ids)) if len(ids[i]) <= self.max_tokens]
+        short = [i for i in range(len(ids)) if len(ids[i]) <= self.max_tokens and max(ids[i]) < self.rows]
         batches: list[list[int]] = []
         for i in sorted(short, key=lambda i: -len(ids[i])):
             if not batches or (len(batches[-1]) + 1) * len(ids[batches[-1][0]]) > self.batch_tokens:
@@ -320,7 +408,7 @@ class RewardModel:
         """The reward of every completion of (row, completions) groups."""
         return self(
             [
-                [*_messages(row), {"role": "assistant", "content": c.text}]
+                [*row.messages, {"role": "assistant", "content": c.text}]
                 for row, completions in groups for c in completions
             ]
         )  # fmt: skip
@@ -452,7 +540,7 @@ class Judge:
         questions = []  # (text, [(which completion, tag of its score)])
         start = 0
         for row, completions in groups:
-            messages = _messages(row)
+            messages = row.messages
             role = (lambda m: f"{m['role']}: ") if len(messages) > 1 else (lambda m: "")
             prompt = "\n\n".join(role(m) + m["content"] for m in messages)
             texts = [c.text for c in completions]

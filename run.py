@@ -3,6 +3,8 @@
 Only rank 0 writes.
 """
 
+import argparse
+import datetime
 import fcntl
 import importlib.util
 import json
@@ -409,6 +411,29 @@ def timings(clock: list[float], sums: Counter) -> dict[str, float]:
     if torch.cuda.is_available():
         metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return metrics
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, toy: dict) -> Namespace:
+    """Parses the flags. Their defaults are for a model that is named; without --model they are those of `toy`
+    (flag -> value), and --help shows both.
+    """
+    for action in parser._actions:
+        if action.dest in toy:
+            shown = toy[action.dest] if action.nargs != "+" else " ".join(toy[action.dest])
+            action.help += f" (default: %(default)s; without --model {shown})"
+    args = parser.parse_args(argv)
+    if args.model is None:
+        parser.set_defaults(**toy)
+        args = parser.parse_args(argv)
+    return args
+
+
+def day(text: str) -> str:
+    """A type for argparse: a date as YYYY-MM-DD."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text} is not a date like 2025-06-26") from error
 
 
 def number(kind: type, zero=False, inf=False) -> Callable:

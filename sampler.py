@@ -6,7 +6,6 @@ all public in vLLM 0.32. `HFSampler` is the same interface on transformers, for 
 the oracle of the tests.
 """
 
-import contextlib
 import gc
 import importlib.util
 import math
@@ -14,6 +13,7 @@ import os
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -45,14 +45,15 @@ class Completion:
 class VLLMSampler:
     """An in-process vLLM engine.
 
-    model: directory or hub name; stop_ids: token ids that end a completion; dtype: the policy's computing
-    dtype; max_length: tokens of prompt + completion; gpu_memory: vLLM's share of the GPU (weights and KV
-    cache); sleep: whether `sleep` frees the GPU; trust: whether code that comes with the model may run.
+    model: directory or hub name; vocab: ids from it on are never sampled; stop_ids: those that end a
+    completion; dtype: the policy's computing dtype; max_length: tokens of prompt + completion; gpu_memory:
+    vLLM's share of the GPU (weights and KV cache); sleep: whether `sleep` frees the GPU; trust: whether code
+    that comes with the model may run.
     """
 
     def __init__(
-        self, model: str, tokenizer, stop_ids, device, dtype, max_length: int, gpu_memory: float, sleep: bool,
-        trust: bool,
+        self, model: str, tokenizer, vocab: int, stop_ids, device, dtype, max_length: int, gpu_memory: float,
+        sleep: bool, trust: bool,
     ):  # fmt: skip
         # vLLM's settings, all read at its import. One process. The model runner that a CPU has, on a GPU too:
         # it draws from torch's generator, which `generate` seeds, and takes the logits processor below. On a
@@ -69,7 +70,7 @@ class VLLMSampler:
         from vllm import LLM, SamplingParams
 
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
-        padded = config.get_text_config().vocab_size > len(tokenizer)
+        padded = config.get_text_config().vocab_size > vocab
 
         self.SamplingParams, self.tokenizer, self.stop_ids, self.dtype = (
             SamplingParams,
@@ -95,7 +96,7 @@ class VLLMSampler:
             skip_tokenizer_init=True,  # ids in, ids out
             generation_config="vllm",  # no sampling defaults of the model's own
             logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature and all
-            logits_processors=[_ban_ids_from(len(tokenizer))] if padded else None,
+            logits_processors=[_ban_ids_from(vocab)] if padded else None,
             # one engine per rank inside torchrun's processes
             distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
         )
@@ -255,12 +256,13 @@ class HFSampler:
     Shapes: P prompts, B answers (n to a prompt), V vocabulary; L tokens of the longest prompt, then growing.
     """
 
-    def __init__(self, model: str, tokenizer, stop_ids, device, dtype, trust: bool):
+    def __init__(self, model: str, tokenizer, vocab: int, stop_ids, device, dtype, trust: bool):
         from transformers import AutoModelForCausalLM
 
         self.lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust)
         self.lm.to(device).requires_grad_(False)
-        self.tokenizer, self.stop_ids, self.dtype, self.version = tokenizer, stop_ids, dtype, 0
+        self.tokenizer, self.vocab, self.stop_ids = tokenizer, vocab, stop_ids
+        self.dtype, self.version = dtype, 0
 
     def generate(self, prompts, n, max_new_tokens, temperature, seed, top_p=1.0) -> list[list[Completion]]:
         torch.manual_seed(seed)
@@ -286,7 +288,7 @@ class HFSampler:
         stop = torch.tensor(self.stop_ids, device=device)
         ids, logps, going_B = [], [], torch.ones(len(mask_BL), dtype=torch.bool, device=device)
         while True:
-            logp_BV = _log_softmax(logits_BV[:, : len(self.tokenizer)], temperature, top_p)
+            logp_BV = _log_softmax(logits_BV[:, : self.vocab], temperature, top_p)
             id_B1 = logp_BV.exp().multinomial(1) if temperature else logp_BV.argmax(-1, keepdim=True)
             ids.append(id_B1)
             logps.append(logp_BV.gather(-1, id_B1))
@@ -341,26 +343,41 @@ def _log_softmax(logits_BV, temperature: float, top_p: float):
 
 
 def load_sampler(
-    kind: str, model: str, tokenizer, device, dtype, max_length: int, gpu_memory: float, sleep: bool,
-    trust=False,
+    kind: str, model: str, tokenizer, vocab: int, stop_ids: list[int], device, dtype, max_length: int,
+    gpu_memory: float, sleep: bool, trust=False,
 ):  # fmt: skip
-    """Starts the sampler `kind` ("vllm" or "hf"); ArgumentError, before anything long, where vLLM is not
-    installed.
-    """
-    from transformers import GenerationConfig
-
-    stop_ids = {tokenizer.eos_token_id}
-    with contextlib.suppress(OSError):  # not every model has one; Llama 3's adds <|eot_id|> here
-        more = GenerationConfig.from_pretrained(model).eos_token_id
-        stop_ids |= set(more if isinstance(more, list) else [more])
-    stop_ids = sorted(stop_ids - {None})
-    if not stop_ids:
-        raise ArgumentError(
-            None, f"--model {model}: neither tokenizer nor generation config names an end token"
-        )
+    """Starts the sampler `kind` ("vllm" or "hf"); the other arguments are those of `VLLMSampler`."""
     if kind == "hf":
-        return HFSampler(model, tokenizer, stop_ids, device, dtype, trust)
-    return VLLMSampler(model, tokenizer, stop_ids, device, dtype, max_length, gpu_memory, sleep, trust)
+        return HFSampler(model, tokenizer, vocab, stop_ids, device, dtype, trust)
+    engine = (device, dtype, max_length, gpu_memory, sleep, trust)
+    return VLLMSampler(model, tokenizer, vocab, stop_ids, *engine)
+
+
+def end_tokens(model: str, tokenizer, vocab: int, trust=False) -> list[int]:
+    """Ids that end a completion: the tokenizer's, and those of generation_config.json or, without one, of
+    config.json, as in transformers' own generate. (Llama 3's <|eot_id|> is named in generation_config.json.)
+
+    Raises ArgumentError where there is none, or one that cannot be sampled.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(model)
+    except OSError as error:
+        if (Path(model) / "generation_config.json").exists():
+            raise ArgumentError(None, f"--model {model}: generation_config.json is damaged") from error
+        plain = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+        config = GenerationConfig.from_model_config(plain)
+    more = config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+    if not ids:
+        files = "neither tokenizer nor generation_config.json nor config.json"
+        raise ArgumentError(None, f"--model {model}: {files} names an end token")
+    for i in sorted(ids):
+        if not 0 <= i < vocab:
+            reason = f"its end token {i} cannot be sampled, ids go from 0 to {vocab - 1}"
+            raise ArgumentError(None, f"--model {model}: {reason}; mend eos_token_id")
+    return sorted(ids)
 
 
 def require(kind: str):

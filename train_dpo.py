@@ -6,9 +6,9 @@
 online, inf is offline (the sampler keeps its first weights), anything between is semi-online. It is
 an interval, not a bound on the age of samples.
 
-    torchrun train_dpo.py --sync-steps 100         # the toy, on a laptop: all defaults are the toy's
+    torchrun train_dpo.py --sync-steps 100         # no --model: the toy, on a laptop
     torchrun --nproc-per-node 8 train_dpo.py --sync-steps 100 --data FILE \\
-        --model meta-llama/Llama-3.1-8B-Instruct   # and the flags whose --help names the paper's value
+        --model meta-llama/Llama-3.1-8B-Instruct   # the defaults are then the paper's for maths
 
 Departures from the paper:
 - Every window has s updates; the original code's first one has s - 1.
@@ -41,8 +41,6 @@ import rewards
 import run as runs
 import sampler as samplers
 
-TOY = Path(os.path.relpath(Path(__file__).parent)) / "toy"
-
 
 def get_args(argv=None) -> argparse.Namespace:
     count, count0 = runs.number(int), runs.number(int, zero=True)
@@ -55,13 +53,29 @@ def get_args(argv=None) -> argparse.Namespace:
     )
     parser.error = runs.fail
     add = parser.add_argument
+    folder = os.path.relpath(Path(__file__).parent / "toy")
+    toy = {  # without --model it is the toy, with values of its own
+        "model": f"{folder}/model",
+        "data": [f"{folder}/train.jsonl"],
+        "eval_data": [f"{folder}/valid.jsonl"],
+        "prompts_per_step": 32,
+        "max_prompt_tokens": 24,
+        "max_new_tokens": 8,
+        "micro_batch_tokens": 4096,
+        "activation_checkpointing": False,
+        "lr": 2e-4,
+        "adam_eps": 1e-8,
+        "grad_clip": 1.0,
+        "beta": 3.0,
+    }
     # fmt: off
     # what; (T4) is the paper's Table 4
-    add("--model", default=str(TOY / "model"), help="directory or hub name; paper: Llama-3.1-8B-Instruct")
+    add("--model", help="directory or hub name; paper: Llama-3.1-8B-Instruct")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add("--data", nargs="+", default=[str(TOY / "train.jsonl")], help=".jsonl, .parquet or hub names")
+    add("--data", nargs="+", help=".jsonl, .parquet or hub names")
     add("--data-weights", nargs="+", type=size, help="shares of the sources in a mix (default: sizes)")
-    add("--eval-data", nargs="+", default=[str(TOY / "valid.jsonl")], help="rows for validation accuracy")
+    add("--eval-data", nargs="+", default=[], help="rows for validation; none: no validation")
+    add("--date", type=runs.day, help="what a chat template with a clock writes (default: today)")
     add("--out", type=Path, help="run directory (default: runs/dpo-s<sync-steps>-<time>)")
     # how long, and the dial
     add("--steps", type=count, default=300, help="optimizer steps; paper: 1500 chat, maths not stated")
@@ -70,10 +84,10 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--sync-ref", action=switch, default=True,
         help="the reference moves with the sampler; paper (T4): yes for maths DPO, no elsewhere")
     # sampling
-    add("--prompts-per-step", type=count, default=32, help="over all ranks; paper (T4): 64 maths, 32 chat")
+    add("--prompts-per-step", type=count, default=64, help="over all ranks; paper (T4): 64 maths, 32 chat")
     add("--samples-per-prompt", type=count, default=8, help="paper: not stated for DPO, 8 for GRPO")
-    add("--max-prompt-tokens", type=count, default=24, help="longer ones are dropped; 8B runs: 1024")
-    add("--max-new-tokens", type=count, default=8, help="of an answer; paper (T4): 2048 maths, 1024 chat")
+    add("--max-prompt-tokens", type=count, default=1024, help="longer ones are dropped; paper: not stated")
+    add("--max-new-tokens", type=count, default=2048, help="of an answer; paper (T4): 2048 maths, 1024 chat")
     add("--temperature", type=size, default=1.0, help="of sampling and of all log-probs; paper: 1.0")
     add("--generate-ahead", type=count, default=10, help="most steps to generate in one call (memory)")
     add("--rollouts", type=Path, help="train on this file of rollouts (needs --sync-steps inf)")
@@ -85,16 +99,16 @@ def get_args(argv=None) -> argparse.Namespace:
     rewards.add_flags(add, count, size)
     add("--max-failed", type=size0, default=0.5, help="stop where more of a step's answers have no reward")
     # update
-    add("--micro-batch-tokens", type=count, default=4096,
-        help="padded tokens of one forward, changes memory only; 8B runs: 16384")
-    add("--activation-checkpointing", action="store_true", help="less memory, slower; 8B runs: on")
+    add("--micro-batch-tokens", type=count, default=16384,
+        help="padded tokens of one forward, changes memory only")
+    add("--activation-checkpointing", action=switch, default=True, help="less memory, slower")
     add("--shard-ranks", type=count, help="shard over so many ranks, replicate over the rest (default: all)")
-    add("--lr", type=size, default=2e-4, help="AdamW's learning rate; paper (T4): 1e-6")
-    add("--adam-eps", type=size, default=1e-8, help="paper (T4): 1e-4 maths DPO (stabler), 1e-8 elsewhere")
+    add("--lr", type=size, default=1e-6, help="AdamW's learning rate; paper (T4): 1e-6")
+    add("--adam-eps", type=size, default=1e-4, help="paper (T4): 1e-4 maths DPO (stabler), 1e-8 elsewhere")
     add("--weight-decay", type=size0, default=0.1, help="paper: not stated; the original code's default")
-    add("--grad-clip", type=size, default=1.0, help="largest gradient norm; paper (T4): 0.1")
+    add("--grad-clip", type=size, default=0.1, help="largest gradient norm; paper (T4): 0.1")
     add("--warmup-steps", type=count0, default=0, help="steps of linear warm-up; paper: not stated")
-    add("--beta", type=size, default=3.0, help="DPO's beta; paper (T4): 0.1 maths, 0.01 chat")
+    add("--beta", type=size, default=0.1, help="DPO's beta; paper (T4): 0.1 maths, 0.01 chat")
     # ablations of the paper, all off by default
     add("--all-pairs", action="store_true", help="GroupDPO (eq. 4): the mean over all pairs of a prompt")
     add("--nll-weight", type=size0, default=0.0, help="of chosen answers' NLL, a mean over tokens; paper: 1")
@@ -112,8 +126,10 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--wandb", metavar="PROJECT", help="also log to this project of Weights & Biases")
     add("--tensorboard", action="store_true", help="also write TensorBoard's files into the run directory")
     # fmt: on
-    args = parser.parse_args(argv)
+    args = runs.parse(parser, argv, toy)
 
+    if not (args.data or args.rollouts):
+        parser.error(f"--model {args.model}: needs --data, rows to train on (the toy's go with the toy)")
     longest = args.max_prompt_tokens + args.max_new_tokens
     unit, rows = ("group", args.samples_per_prompt) if args.all_pairs else ("pair", 2)
     if args.micro_batch_tokens < rows * longest:
@@ -123,8 +139,9 @@ def get_args(argv=None) -> argparse.Namespace:
         parser.error(f"--grpo-weight {args.grpo_weight:g}: goes with --all-pairs (paper, B.2)")
     if args.samples_per_prompt < 2:
         parser.error(f"--samples-per-prompt {args.samples_per_prompt}: a pair needs 2")
-    if args.data_weights and len(args.data_weights) != len(args.data):
-        parser.error(f"--data-weights: {len(args.data_weights)} weights for {len(args.data)} sources")
+    args.eval_every = args.eval_every if args.eval_data else 0
+    if args.data_weights and len(args.data_weights) != len(args.data or []):
+        parser.error(f"--data-weights: {len(args.data_weights)} weights for {len(args.data or [])} sources")
     if args.gpu_memory >= 1:
         parser.error(f"--gpu-memory {args.gpu_memory:g}: a share of the GPU, between 0 and 1")
     if args.rollouts and args.sync_steps != math.inf:
@@ -212,14 +229,16 @@ def main(argv=None):
     rank, world, device = policies.start()
     mesh, dtype = policies.device_mesh(device, args.shard_ranks), policies.compute_dtype(device)
     checkpoint = checkpoints.find(args)
+    args.date = args.date or policies.gather([time.strftime("%Y-%m-%d")])[0]  # one for the whole experiment
     run = runs.Run(args, f"dpo-s{s}", rank == 0, checkpoint)
 
     # 2 data: what is wrong with it comes out here, before anything long starts
     length = args.max_prompt_tokens + args.max_new_tokens
     trust = args.trust_remote_code
-    tokenizer = policies.load_tokenizer(args.model, length, trust)
-    checks = (tokenizer, rewards.complaint, args.max_prompt_tokens, rank == 0)
-    fits = (samplers.Completion, len(tokenizer), length)
+    tokenizer, vocab = policies.load_tokenizer(args.model, length, trust)
+    stop_ids = samplers.end_tokens(args.model, tokenizer, vocab, trust)
+    checks = (tokenizer, vocab, rewards.complaint, args.max_prompt_tokens, args.date, rank == 0)
+    fits = (samplers.Completion, vocab, length)
     if args.rollouts:
         sources, dropped = [data.load_rollouts(args.rollouts, *fits)], 0
     else:
@@ -232,18 +251,18 @@ def main(argv=None):
         checkpoint.check(fingerprint)
         if checkpoint.rollouts:
             unread = data.load_rollouts(checkpoint.rollouts, *fits, checkpoint.state["window_step"])
-    kinds = {row.reward for row in (valid if args.rollouts else sum(sources, valid))}
-    scorer = rewards.Scorer(kinds, args, device, dtype)
+    to_score = valid if args.rollouts else sum(sources, valid)
+    scorer = rewards.Scorer(to_score, args, device, dtype, talks=rank == 0)
 
     # 3 policy and reference
-    where = (args.model, device, len(tokenizer), args.temperature)
+    where = (args.model, device, vocab, args.temperature)
     more = {"trust": trust, "mesh": mesh}
     policy = policies.load_policy(*where, activation_checkpointing=args.activation_checkpointing, **more)
     online = s == 1 and args.sync_ref  # then the reference is the policy of the step itself, and never runs
     reference = None if online else policies.load_policy(*where, trainable=False, **more)
 
     # 4 sampler
-    engine = (tokenizer, device, dtype, length, args.gpu_memory, args.sleep)
+    engine = (tokenizer, vocab, stop_ids, device, dtype, length, args.gpu_memory, args.sleep)
     sampler = samplers.load_sampler(args.sampler, args.model, *engine, trust)
 
     def sample(rows, n, *key):

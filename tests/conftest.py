@@ -26,7 +26,7 @@ def device():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return policies.load_tokenizer(str(TOY), 64)
+    return policies.load_tokenizer(str(TOY), 64)[0]
 
 
 @pytest.fixture
@@ -54,7 +54,9 @@ def padded_model(tmp_path_factory, tokenizer):
 def vllm(device, tokenizer, padded_model):
     """One engine for all tests, on the padded model; a test that reloads it brings the weights back."""
     pytest.importorskip("vllm")
-    return samplers.load_sampler("vllm", padded_model, tokenizer, device, torch.float32, 192, 0.3, True)
+    return samplers.load_sampler(
+        "vllm", padded_model, tokenizer, 64, [3], device, torch.float32, 192, 0.3, True
+    )
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -53,6 +54,13 @@ FILES = {
     "rollouts.jsonl": lines(GOOD),
     "foreign.jsonl": lines({**GOOD, "ids": [1, 5], "completions": [completion(9, 3), completion(64, 3)]}),
     "long.jsonl": lines({**GOOD, "ids": [1] * 30, "completions": [completion(9, 3), completion(9, 9, 3)]}),
+    "three.jsonl": lines(GOOD, without(reward="gsm8k", answer="three")),
+    "percent.jsonl": lines(without(reward="gsm8k", answer="50%")),
+    "nan.jsonl": lines(GOOD, '{"prompt": "1+2=", "reward": "exact", "answer": NaN}'),
+    "inf.jsonl": lines('{"prompt": "1+2=", "reward": "math", "answer": -Infinity}'),
+    "unparsable.jsonl": lines(GOOD, without(reward="math", answer=r"\text{}")),
+    "newtoken.jsonl": lines(GOOD, without(prompt="1+2=<|new|>")),
+    "strange.jsonl": lines(GOOD, without(prompt="\u4e00\u4e8c")),
     "rm.jsonl": lines(without("answer", reward="rm")),
     "judge.jsonl": lines(without("answer", reward="judge")),
     "taken/metrics.jsonl": "",
@@ -84,11 +92,40 @@ CASES = [
     ("--save-every -1", "--save-every: -1 is not"),
     ("--keep 0", "--keep: 0 is not"),
     ("--max-skipped 0", "--max-skipped: 0 is not"),
-    ("--model {tmp}/remote", "{tmp}/remote: it brings code of its own, which runs only with --trust-remote"),
-    ("--model {tmp}/pickled --sampler hf", "--model {tmp}/pickled: cannot be loaded"),
-    ("--model {tmp}/cut --sampler hf", "--model {tmp}/cut: cannot be loaded"),
-    ("--model {tmp}/nowhere", "--model {tmp}/nowhere"),
-    ("--model {tmp}/template", "no chat template"),
+    ("{toy} --model {tmp}/remote", "it brings code of its own, which runs only with --trust-remote-code"),
+    ("{toy} --model {tmp}/pickled --sampler hf", "--model {tmp}/pickled: cannot be loaded"),
+    ("{toy} --model {tmp}/cut --sampler hf", "--model {tmp}/cut: cannot be loaded"),
+    ("{toy} --model {tmp}/nowhere", "--model {tmp}/nowhere"),
+    ("{toy} --model {tmp}/template", "no chat template"),
+    ("--model {tmp}/cut", "--model {tmp}/cut: needs --data"),
+    ("--date yesterday", "--date: yesterday is not a date like 2025-06-26"),
+    ("--date 2025-02-30", "--date: 2025-02-30 is not a date"),
+    (
+        "{toy} --model {tmp}/handful",
+        "handful: its tokenizer has 6 tokens, its matrix 64 rows: is a file missing?",
+    ),
+    ("{toy} --model {tmp}/handful2", "handful2: its tokenizer has 5 tokens, its matrix 64 rows: is a file"),
+    ("{toy} --model {tmp}/nobackend", "--model {tmp}/nobackend: no model with a tokenizer there"),
+    ("{toy} --model {tmp}/hollow", "--model {tmp}/hollow: no model with a tokenizer there"),
+    ("{toy} --model {tmp}/nodigits", "train.jsonl line 1: the tokenizer makes '<|user|>?"),
+    ("{toy} --model {tmp}/narrow", "its tokenizer has ids up to 63, its matrix 40 rows: they are not of one"),
+    (
+        "{toy} --data {tmp}/newtoken.jsonl --model {tmp}/newtoken",
+        "line 2: id 64 in the prompt: the tokenizer goes up to 64, the matrix has 64 rows",
+    ),
+    (
+        "{toy} --model {tmp}/farstop --sampler hf",
+        "{tmp}/farstop: its end token 64 cannot be sampled, ids go from",
+    ),
+    ("{toy} --model {tmp}/wrongstop --sampler hf", "{tmp}/wrongstop: its end token 99 cannot be sampled"),
+    ("{toy} --model {tmp}/nostop --sampler hf", "generation_config.json nor config.json names an end token"),
+    ("{toy} --model {tmp}/tornstop --sampler hf", "{tmp}/tornstop: generation_config.json is damaged"),
+    ("--data {tmp}/three.jsonl", "line 2: reward `gsm8k` needs a number as `answer`, not 'three'"),
+    ("--data {tmp}/percent.jsonl", "line 1: reward `gsm8k` needs a number as `answer`, not '50%'"),
+    ("--data {tmp}/nan.jsonl", "{tmp}/nan.jsonl, line 2: `answer` is nan, which is no number"),
+    ("--data {tmp}/inf.jsonl", "{tmp}/inf.jsonl, line 1: `answer` is -inf, which is no number"),
+    ("--data {tmp}/unparsable.jsonl", "unparsable.jsonl line 2: Math-Verify cannot parse or compare the"),
+    ("--data {tmp}/strange.jsonl", "strange.jsonl line 2: the tokenizer makes '<|user|>"),
     ("--data {tmp}/missing.jsonl", "{tmp}/missing.jsonl: no such file"),
     ("--data {tmp}/empty.jsonl", "{tmp}/empty.jsonl: no rows"),
     ("--data {tmp}/broken.jsonl", "{tmp}/broken.jsonl, line 17: not JSON"),
@@ -172,8 +209,12 @@ GRPO_CASES = [
     ("--out {tmp}/taken", "--out {tmp}/taken: already holds a run"),
 ]
 EVALUATE_CASES = [
-    ("--model {tmp}/nowhere", "--model {tmp}/nowhere"),
-    ("--model {tmp}/taken", "--model {tmp}/taken: no config.json in it or in its model/"),
+    ("{toy} --model {tmp}/nowhere", "--model {tmp}/nowhere"),
+    ("{toy} --model {tmp}/taken", "--model {tmp}/taken: no config.json in it or in its model/"),
+    ("--model {tmp}/cut", "--model {tmp}/cut: needs --data"),
+    ("{toy} --model {tmp}/damaged", "{tmp}/damaged/args.json: damaged"),
+    ("--out {tmp}/damaged", "{tmp}/damaged/args.json: damaged"),
+    ("--data {tmp}/three.jsonl", "line 2: reward `gsm8k` needs a number as `answer`, not 'three'"),
     ("--data {tmp}/missing.jsonl", "{tmp}/missing.jsonl: no such file"),
     ("--data {tmp}/unknown.jsonl", "line 3: unknown reward 'numina'"),
     ("--samples 0", "--samples: 0 is not"),
@@ -191,6 +232,8 @@ EVALUATE_CASES = [
     ("--out {tmp}/other", "--out {tmp}/other: holds something else"),
     ("--name org/model", "--name org/model: becomes a file's name"),
 ]
+# for a model that is named: the defaults are then not the toy's
+WITH_THE_TOYS_DATA = f"--data {TOY.parent / 'train.jsonl'} --max-prompt-tokens 24 --max-new-tokens 8"
 ALL = [
     pytest.param(script, *case, id=f"{script.__name__} {case[0]}")
     for script, cases in ((train_dpo, CASES), (train_grpo, GRPO_CASES), (evaluate, EVALUATE_CASES))
@@ -198,10 +241,10 @@ ALL = [
 ]
 
 
-def make_runs(directory):
+def make_runs(directory, monkeypatch):
     """Runs with one checkpoint, of which the first can be gone on from."""
-    argv = ["--model", str(TOY), "--data", str(TOY.parent / "train.jsonl")]
-    args = vars(train_dpo.get_args([*argv, "--eval-data", str(TOY.parent / "valid.jsonl")]))
+    monkeypatch.chdir(directory)  # the toy's path is relative
+    args = vars(train_dpo.get_args([]))
     facts = {"args": json.loads(json.dumps(args, default=str)), "ranks": 1}
     for name, size in (("old", 0), ("short", 99), ("torn", 0), ("rotten", 0)):
         checkpoint = directory / name / "checkpoints" / "step-000004"
@@ -217,6 +260,39 @@ def make_runs(directory):
     os.truncate(state[0], 50)
     rotten = directory / "rotten/checkpoints/step-000004/state.json"
     rotten.write_text(rotten.read_text().replace("4", "5"))
+
+
+def make_models(directory):
+    """Copies of the toy with a tokenizer that does not fit, or with end tokens that do not."""
+
+    def copy(name, **files):
+        """files: the JSON file's name without its end -> what to change in it, or None to leave it out."""
+        shutil.copytree(TOY, directory / name)
+        for file, change in files.items():
+            path = directory / name / f"{file}.json"
+            content = json.loads(path.read_text())
+            path.unlink()
+            if change is not None:
+                path.write_text(json.dumps(content | change))
+
+    copy("handful", tokenizer=None, tokenizer_config={"tokenizer_class": "LlamaTokenizerFast"})
+    copy("handful2", tokenizer=None, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"})
+    copy("nobackend", tokenizer=None)
+    copy("hollow")
+    (directory / "hollow/tokenizer.json").write_text("{}")
+    tokens = json.loads((TOY / "tokenizer.json").read_text())
+    kept = {token: i for token, i in tokens["model"]["vocab"].items() if not token.isdigit()}
+    copy("nodigits", tokenizer={"model": tokens["model"] | {"vocab": kept}})
+    copy("narrow", config={"vocab_size": 40})
+    added = tokens["added_tokens"] + [tokens["added_tokens"][-1] | {"id": 64, "content": "<|new|>"}]
+    copy("newtoken", tokenizer={"added_tokens": added})
+    copy("farstop", tokenizer={"added_tokens": added}, tokenizer_config={"eos_token": "<|new|>"})
+    copy("wrongstop", generation_config={"eos_token_id": [3, 99]})
+    copy(
+        "nostop", generation_config=None, config={"eos_token_id": None}, tokenizer_config={"eos_token": None}
+    )
+    copy("tornstop")
+    (directory / "tornstop/generation_config.json").write_text('{"eos_token_id"')
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +315,9 @@ def tmp(tmp_path_factory, tokenizer):
         (directory / "cutrm" / file.name).write_bytes(
             file.read_bytes()[: 9999 if "safe" in file.name else None]
         )
-    make_runs(directory)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_runs(directory, monkeypatch)
+    make_models(directory)
     (directory / "template").mkdir()
     for file in TOY.iterdir():
         if "template" not in file.name:
@@ -254,10 +332,7 @@ def tmp(tmp_path_factory, tokenizer):
 
 @pytest.mark.parametrize(("script", "flags", "said"), ALL)
 def test_bad_input(script, flags, said, tmp, device, capsys, monkeypatch):
-    argv = ["--model", str(TOY), "--data", str(TOY.parent / "train.jsonl")]  # from any directory
-    if script is not evaluate:
-        argv += ["--eval-data", str(TOY.parent / "valid.jsonl")]
-    argv += flags.format(tmp=tmp).split()
+    argv = flags.format(tmp=tmp, toy=WITH_THE_TOYS_DATA).split()
     monkeypatch.chdir(tmp)
     before = sorted(tmp.rglob("*"))
     with pytest.raises(SystemExit) as stopped:

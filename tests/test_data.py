@@ -1,10 +1,14 @@
 """Rows: their order, their split over ranks, what is dropped; bad rows are in test_bad_input.py."""
 
 import json
+from argparse import ArgumentError
 from collections import Counter
+from decimal import Decimal
 
+import pandas
 import pytest
 from conftest import ROOT
+from transformers import AutoTokenizer
 
 import data
 import rewards
@@ -15,6 +19,16 @@ TOY = str(ROOT / "toy" / "train.jsonl")
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def load(sources, tokenizer, vocab=64, max_tokens=64, date="2026-01-01", talks=False):
+    return data.load_prompts(sources, tokenizer, vocab, rewards.complaint, max_tokens, date, talks)
+
+
+def with_template(template):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy" / "model")
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def numbers(n, offset=0):
@@ -32,7 +46,7 @@ def test_a_row_is_templated_once_and_kept_as_it_is(tokenizer, tmp_path):
         {"prompt": chat, "reward": "math", "answer": "1"},
     ]
     path = write(tmp_path / "a.jsonl", raw)
-    [rows], dropped = data.load_prompts([path], tokenizer, rewards.complaint, 64)
+    [rows], dropped = load([path], tokenizer)
     assert dropped == 0
     assert tokenizer.decode(rows[0].ids) == "<|user|>1+2=<|assistant|>"
     assert rows[0].answer == "3"
@@ -41,18 +55,93 @@ def test_a_row_is_templated_once_and_kept_as_it_is(tokenizer, tmp_path):
 
 
 def test_parquet_is_the_same_as_jsonl(tokenizer, tmp_path):
-    import pandas
-
     rows = [{"prompt": f"{i}+1=", "reward": "exact", "answer": str(i + 1)} for i in range(20)]
     pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
     sources = [write(tmp_path / "a.jsonl", rows), str(tmp_path / "a.parquet")]
-    [lines, parquet], _ = data.load_prompts(sources, tokenizer, rewards.complaint, 64)
+    [lines, parquet], _ = load(sources, tokenizer)
     assert lines == parquet
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(42.0, "42"), (42, "42"), (1e-05, "0.00001"), (-2.50, "-2.5"), (1e22, "1" + "0" * 22), (-0.0, "0")],
+)
+def test_a_number_as_answer_is_written_as_people_write_it(number, text, tokenizer, tmp_path):
+    rows = [{"prompt": "1", "reward": "exact", "answer": number}]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    for path in (write(tmp_path / "a.jsonl", rows), str(tmp_path / "a.parquet")):
+        assert load([path], tokenizer)[0][0][0].answer == text
+
+
+def test_decimals_and_whole_numbers_in_a_column_with_gaps(tokenizer, tmp_path):
+    """Parquet has a type for decimals, and makes floats of whole numbers where a row has none."""
+    answers = {"decimals": [Decimal("42.00"), Decimal("0.10")], "gaps": [42, None]}
+    for name, column in answers.items():
+        kinds = ["exact" if answer is not None else "rm" for answer in column]
+        frame = pandas.DataFrame({"prompt": ["1", "2"], "reward": kinds, "answer": column})
+        frame.to_parquet(tmp_path / f"{name}.parquet")
+    [decimals, gaps], _ = load([str(tmp_path / f"{name}.parquet") for name in answers], tokenizer)
+    assert [row.answer for row in decimals] == ["42", "0.1"]
+    assert [row.answer for row in gaps] == ["42", None]
+
+
+CHATS = [  # keys that only some messages have, also inside of others
+    [{"role": "user", "content": "1"}],
+    [{"role": "user", "name": "bo", "content": "2"}],
+    [{"role": "user", "content": "3", "more": {"a": 1}}, {"role": "user", "content": "4", "more": {"b": 2}}],
+]
+
+
+def test_keys_that_a_message_lacks_do_not_come_back_as_none(tmp_path):
+    tokenizer = with_template(
+        "{% for m in messages %}<{% for k, v in m.items() %}{{ k }}:{{ v }},{% endfor %}>{% endfor %}"
+    )
+    rows = [{"prompt": chat, "reward": "exact", "answer": "1"} for chat in CHATS]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    [lines], _ = load([write(tmp_path / "a.jsonl", rows)], tokenizer)
+    [parquet], _ = load([str(tmp_path / "a.parquet")], tokenizer)
+    assert tokenizer.decode(lines[0].ids) == "<role:user,content:1,>"
+    for mine, theirs in zip(parquet, lines, strict=True):
+        assert mine.prompt == theirs.prompt and "none" not in tokenizer.decode(mine.ids).lower()
+        assert sorted(tokenizer.decode(mine.ids)) == sorted(tokenizer.decode(theirs.ids))  # keys in any order
+    assert parquet[0].ids == lines[0].ids
+
+
+CLOCKS = ["{{ strftime_now('%Y-%m-%d') }}", "{% set day = strftime_now('%d') %}{{ day }}"]
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_template_with_a_clock_writes_the_date_of_the_experiment(clock, tmp_path):
+    """And the fingerprint of the rows is that of what their owner wrote."""
+    tokenizer = with_template(clock + "{{ messages[0].content }}")
+    found = {}
+    for date in ("2025-06-26", "2031-12-01"):
+        for text in ("1+1=", "1+2="):
+            path = write(tmp_path / "a.jsonl", [{"prompt": text, "reward": "exact", "answer": "2"}])
+            sources, _ = load([path], tokenizer, date=date)
+            found[date, text] = data.fingerprint(sources)
+            written = tokenizer.decode(sources[0][0].ids).removesuffix(text)
+            assert written in (date, date[-2:])
+    assert found["2025-06-26", "1+1="] == found["2031-12-01", "1+1="] != found["2025-06-26", "1+2="]
+
+
+def test_a_prompt_that_loses_characters_is_counted_and_one_that_loses_most_is_refused(
+    tokenizer, tmp_path, capsys
+):
+    texts = ("a + b", "caf\u00e9 au lait", "Why")
+    row = {"reward": "exact", "answer": "1"}  # the toy has neither capitals nor accents
+    path = write(tmp_path / "a.jsonl", [row | {"prompt": text} for text in texts])
+    load([path], tokenizer, talks=True)
+    [said] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert said.endswith(f"2 prompt(s) lose characters in the tokenizer: '\u00e9' in {path} line 2")
+    path = write(tmp_path / "b.jsonl", [row | {"prompt": "a + b"}, row | {"prompt": "\u00e9t\u00e9"}])
+    with pytest.raises(ArgumentError, match=r"b.jsonl line 2: the tokenizer makes .* files missing"):
+        load([path], tokenizer)
 
 
 def test_long_prompts_are_dropped_and_counted_never_cut(tokenizer, tmp_path):
     rows = [{"prompt": "7" * n, "reward": "exact", "answer": "1"} for n in (1, 5, 8, 9, 30)]
-    [kept], dropped = data.load_prompts([write(tmp_path / "a.jsonl", rows)], tokenizer, rewards.complaint, 10)
+    [kept], dropped = load([write(tmp_path / "a.jsonl", rows)], tokenizer, max_tokens=10)
     assert [len(row.prompt) for row in kept] == [1, 5, 8] and dropped == 2
     assert [len(row.ids) for row in kept] == [3, 7, 10]
 
@@ -86,6 +175,24 @@ def test_weights_are_shares_and_a_small_source_is_gone_through_evenly():
     assert sum(n for i, n in taken.items() if i >= 1000) == 500
     assert {n for i, n in taken.items() if i >= 1000} == {50}
     assert {n for i, n in taken.items() if i < 1000} <= {5, 6}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "epochs", "wanted"),
+    [
+        ([2, 2], [1, 9], 50, [20, 180]),
+        ([3, 3, 3], [1, 1, 100], 34, [3, 3, 300]),
+        ([5, 7], [2, 1], 30, [240, 120]),
+        ([1, 1000], [1, 99999], 100, [1, 100099]),
+    ],
+)
+def test_a_share_of_less_than_a_row_an_epoch_is_carried_over(sizes, weights, epochs, wanted):
+    prompts = data.Prompts([numbers(n, 1000 * j) for j, n in enumerate(sizes)], weights, seed=0)
+    taken = Counter(int(row.answer) // 1000 for row in prompts.take(0, epochs * sum(sizes)))
+    assert [taken[j] for j in range(len(sizes))] == wanted
+    for epoch in range(1, epochs):  # and never a row ahead or behind on the way
+        done = Counter(int(row.answer) // 1000 for row in prompts.take(0, epoch * sum(sizes)))
+        assert all(abs(done[j] - n * epoch / epochs) <= 1 for j, n in enumerate(wanted))
 
 
 def test_sources_mix_within_an_epoch_by_their_sizes():

@@ -144,7 +144,9 @@ def reward_model(tmp_path_factory, tokenizer):
 
 
 def test_a_reward_model_reads_the_last_token_whatever_else_is_in_the_batch(reward_model, tokenizer, device):
-    model = rewards.RewardModel(reward_model, device, torch.float32, max_tokens=40, batch_tokens=90)
+    model = rewards.RewardModel(
+        reward_model, device, torch.float32, "2026-01-01", max_tokens=40, batch_tokens=90
+    )
     chats = [
         [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
         for q, a in [("1+2=", "3"), ("35+7=", "42"), ("99+98=", "197000"), ("0+0=", ""), ("1+1=", "2" * 50)]

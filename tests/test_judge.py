@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import TOY
 
+import data
 import rewards
 
 CHECK = "1+1="  # the question that a judge is asked before a run starts
@@ -74,7 +75,7 @@ def judge(url, pairwise=False, votes=1, timeout=5.0, concurrency=4):
 
 
 def group(prompt, *texts):
-    return (SimpleNamespace(prompt=prompt, reward="judge"), [SimpleNamespace(text=text) for text in texts])
+    return (data.Row(prompt, [], "judge", None), [SimpleNamespace(text=text) for text in texts])
 
 
 def test_pointwise_scores_and_what_is_asked():
@@ -155,7 +156,7 @@ def test_nothing_of_openai_s_account_reaches_another_judge(monkeypatch):
 def test_a_conversation_reaches_the_judge_with_its_roles():
     messages = [{"role": r, "content": c} for r, c in (("user", "a?"), ("assistant", "b"), ("user", "c?"))]
     with serving(lambda *_: "<score>3</score>") as (url, seen):
-        judge(url).score([(SimpleNamespace(prompt=messages, reward="judge"), [SimpleNamespace(text="d")])])
+        judge(url).score([group(messages, "d")])
     assert any("user: a?\n\nassistant: b\n\nuser: c?" in text for text in seen)
 
 

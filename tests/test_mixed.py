@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 import rewards
 
-F32 = torch.float32
+F32, DAY = torch.float32, "2026-01-01"
 CHATS = [
     [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     for question, answer in [
@@ -73,14 +73,14 @@ def athene(tmp_path_factory):
 
 def test_a_hub_model_scores_as_by_hand(hub_model, tokenizer, device):
     directory, model = hub_model
-    scores = rewards.RewardModel(str(directory), device, F32)(CHATS)
+    scores = rewards.RewardModel(str(directory), device, F32, DAY)(CHATS)
     wanted = [by_hand(model.model, model.score.weight, chat, tokenizer) for chat in CHATS]
     assert scores == pytest.approx(wanted, abs=1e-5) and statistics.stdev(scores) > 0.01
 
 
 def test_athene_scores_as_by_hand_at_the_cls_token(athene, device):
     directory, model, head_1H, tokenizer = athene
-    scores = rewards.RewardModel(str(directory), device, F32)(CHATS)
+    scores = rewards.RewardModel(str(directory), device, F32, DAY)(CHATS)
     wanted = [by_hand(model, head_1H, chat, tokenizer, tokenizer.cls_token_id) for chat in CHATS]
     assert scores == pytest.approx(wanted, abs=1e-5) and statistics.stdev(scores) > 0.01
 
@@ -88,15 +88,15 @@ def test_athene_scores_as_by_hand_at_the_cls_token(athene, device):
 @pytest.mark.parametrize("layout", ["hub_model", "athene"])
 def test_scores_do_not_depend_on_the_batch(layout, request, device):
     directory = str(request.getfixturevalue(layout)[0])
-    whole = rewards.RewardModel(directory, device, F32)(CHATS)
-    small = rewards.RewardModel(directory, device, F32, offload=True, batch_tokens=40)
+    whole = rewards.RewardModel(directory, device, F32, DAY)(CHATS)
+    small = rewards.RewardModel(directory, device, F32, DAY, offload=True, batch_tokens=40)
     assert small(CHATS) == pytest.approx(whole, abs=1e-5)
     assert [small([chat])[0] for chat in reversed(CHATS)] == pytest.approx(whole[::-1], abs=1e-5)
     assert small([]) == []
 
 
 def test_what_is_too_long_has_no_verdict(hub_model, device):
-    model = rewards.RewardModel(str(hub_model[0]), device, F32, max_tokens=18)
+    model = rewards.RewardModel(str(hub_model[0]), device, F32, DAY, max_tokens=18)
     scores = model(CHATS)
     assert [score is None for score in scores] == [False, True, False, False]
 
@@ -112,7 +112,7 @@ def test_what_is_too_long_has_no_verdict(hub_model, device):
 def test_what_is_no_reward_model_is_named(make, said, tokenizer, device, tmp_path):
     make(tmp_path, tokenizer)
     with pytest.raises(argparse.ArgumentError, match=said):
-        rewards.RewardModel(str(tmp_path), device, F32)
+        rewards.RewardModel(str(tmp_path), device, F32, DAY)
 
 
 def run(tmp_path, script, *flags, env=None):
@@ -136,7 +136,7 @@ def test_both_kinds_in_one_run(script, tmp_path):
     done, metrics = run(tmp_path, script, *flags, "--reward-model", ROOT / "toy/reward_model")
     assert done.returncode == 0, done.stderr[-2000:]
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    model = rewards.RewardModel(str(ROOT / "toy" / "reward_model"), "cpu", F32)
+    model = rewards.RewardModel(str(ROOT / "toy" / "reward_model"), "cpu", F32, DAY)
     for step, line in enumerate(m for m in metrics if "loss" in m):
         mine = [s for s in samples if s["step"] == step]
         sums, chats = (

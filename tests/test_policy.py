@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from argparse import ArgumentError
 
 import pytest
 import torch
@@ -78,10 +79,14 @@ SHARED = [
 ]
 FAMILIES = {  # transformers' model_type -> what it needs
     "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 16}, "olmo2": {},
-    "phi3": {"pad_token_id": 0}, "granite": {}, "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0]},
+    "phi3": {"pad_token_id": 0}, "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0]}, "gpt_neox": {},
+    "glm4": {"head_dim": 16, "pad_token_id": 0}, "cohere": {"logit_scale": 0.25, "pad_token_id": 0},
+    "granite": {"logits_scaling": 8.0}, "gemma2": {"head_dim": 16, "final_logit_softcapping": 2.0},
+    "gemma3_text": {"head_dim": 16, "final_logit_softcapping": 3.0},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }  # fmt: skip
 OTHERS = {
-    "gemma3_text": {}, "mistral": {"sliding_window": 8}, "jamba": {}, "qwen3_next": {},
+    "gemma2": {}, "gemma3_text": {}, "mistral": {"sliding_window": 8}, "jamba": {}, "qwen3_next": {},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8},
 }  # fmt: skip
 
@@ -98,27 +103,70 @@ def tiny(family, more, directory):
     return str(directory)
 
 
+def weighted(logps, entropy, b):
+    """Of answer b: a sum in which each token's log-prob and entropy weighs something else."""
+    return ((logps + 0.1 * entropy) * torch.arange(8 * b + 1, 8 * b + 1 + len(logps))).sum()
+
+
+def plain_logps_entropies_gradient(directory, sequences, vocab, temperature):
+    """The model's own logits, one sequence at a time, and autograd through all of them."""
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    logps, entropies, total = [], [], 0.0
+    for b, (prompt, answer) in enumerate(sequences):
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : len(prompt + answer) - 1]
+        all_logps = (logits[:, :vocab] / temperature).log_softmax(-1)
+        logps.append(all_logps.gather(-1, torch.tensor(answer, dtype=torch.int64)[:, None])[:, 0])
+        entropies.append(-(all_logps.exp() * all_logps).sum(-1))
+        total = total + weighted(logps[-1], entropies[-1], b)
+    total.backward()
+    gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return torch.cat(logps).detach(), torch.cat(entropies).detach(), gradient
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_that_share_a_prompt_are_as_if_they_did_not(family, device, tmp_path):
-    """Log-probs, entropies and the gradient; a token of one answer must see nothing of another."""
-    policy = policies.load_policy(tiny(family, FAMILIES[family], tmp_path), device, 64, 0.8)
-    assert policy.shares
+def test_log_probs_entropies_and_gradient_are_the_plain_models(family, device, tmp_path):
+    """Answers that share the row of their prompt, and a row for each; a vocabulary padded by 4 ids."""
+    directory = tiny(family, FAMILIES[family], tmp_path)
     apart = [(prompt, [answer]) for prompt, answers in SHARED for answer in answers]
-    found = []
-    for segments in (SHARED, apart):
+    plain = [(prompt, answer) for prompt, [answer] in apart]
+    logps, entropies, gradient = plain_logps_entropies_gradient(directory, plain, 60, 0.8)
+    policy = policies.load_policy(directory, device, 60, 0.8)
+    assert policy.shares == (family not in ("gemma2", "gemma3_text"))  # which have layers of a sliding window
+    for segments, rows in ((SHARED, 2), (apart, 9)) if policy.shares else ((apart, 9),):
         inputs = policy.collate(segments)
-        assert (inputs[0].shape[0], inputs[2] is None) == ((2, False) if policy.shares else (9, True))
+        assert inputs[0].shape[0] == rows
         logps_BT, entropy_BT, mask_BT = policy(*inputs)
-        weight_BT = torch.arange(1, mask_BT.numel() + 1).reshape(mask_BT.shape)
-        ((logps_BT + 0.1 * entropy_BT) * weight_BT).sum().backward()
-        gradients = torch.cat([policies.local(p.grad).flatten() for p in policy.parameters()])
-        found.append((logps_BT.detach(), entropy_BT.detach(), gradients))
+        assert torch.allclose(logps_BT[mask_BT], logps, atol=1e-5)
+        assert torch.allclose(entropy_BT[mask_BT], entropies, atol=1e-5)
+        sum(weighted(logps_BT[b][m], entropy_BT[b][m], b) for b, m in enumerate(mask_BT)).backward()
+        mine = {name: policies.local(p.grad) for name, p in policy.lm.named_parameters()}
+        for name, wanted in gradient.items():
+            assert (mine[name] - wanted).norm() <= 1e-5 * wanted.norm() + 1e-6, name
         policy.zero_grad()
         policy.shares = False
-    for mine, plain in zip(*found, strict=True):
-        assert (mine - plain).norm() / plain.norm() < 1e-5
-    same, other = found[0][0][[0, 3]], found[0][0][4]  # one answer twice in its row, and another
-    assert torch.allclose(same[0], same[1], atol=1e-5) and (same[0] - other).abs().max() > 0.1
+
+
+OWN_WAYS = [
+    ("falcon_h1", {"lm_head_multiplier": 0.3, "head_dim": 16}),
+    ("hyperclovax", {"logits_scaling": 8.0}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "more"), OWN_WAYS)
+def test_a_family_that_makes_its_logits_in_another_way_is_refused(family, more, dtype, device, tmp_path):
+    """Falcon H1 has a factor of another name; HyperCLOVA X multiplies by what granite divides by."""
+    directory = tiny(family, more, tmp_path)
+    AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).save_pretrained(directory)
+    with pytest.raises(ArgumentError, match=r"differ from \w+ForCausalLM's own by \d[.\d]* nats on average"):
+        policies.load_policy(directory, device, 60, 1.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounding_to_bfloat16_is_no_reason_to_refuse(family, device, tmp_path):
+    directory = tiny(family, FAMILIES[family], tmp_path)
+    AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).save_pretrained(directory)
+    policies.load_policy(directory, device, 60, 1.0)
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -272,7 +320,7 @@ def test_export_is_an_ordinary_directory(device, tokenizer, tmp_path, tied):
     old = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype="auto").named_parameters())
     for name, p in model.named_parameters():
         assert torch.equal(p, (old[name].float() + 1).to(torch.bfloat16))
-    assert policies.load_tokenizer(str(tmp_path / "out"), 64).chat_template == tokenizer.chat_template
+    assert policies.load_tokenizer(str(tmp_path / "out"), 64)[0].chat_template == tokenizer.chat_template
     assert not (tmp_path / "out.partial").exists()
 
 

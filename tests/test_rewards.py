@@ -1,16 +1,20 @@
 """Verdicts, and what happens to answers that hang, explode or break their worker."""
 
+import argparse
+import datetime
 import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from decimal import Decimal
 
 import pytest
 from conftest import ROOT
 from verdicts import NARROW, RIGHT, WRONG
 
+import data
 import rewards
 from rewards import VERIFIERS
 
@@ -34,6 +38,39 @@ HANGS = r"$\boxed{9^{9^{9^{9}}}}$"
         ("gsm8k", "18", "The answer is 18", 0),
         ("gsm8k", "18", "#### 18.", 1),
         ("gsm8k", "0.5", "#### 0.50", 1),
+        ("gsm8k", "-3.5", "#### -3.50", 1),
+        ("gsm8k", "5", "#### \u20ac5", 1),
+        ("gsm8k", "-5", "#### -$5.00", 1),
+        ("gsm8k", "5", "#### 5 \u00a3", 1),
+        ("gsm8k", "12", "#### **12**", 1),
+        ("gsm8k", "12", "#### **$12**.", 1),
+        ("gsm8k", "12", r"#### \boxed{12}", 1),
+        ("gsm8k", "12", r"#### $\boxed{12}$", 1),
+        ("gsm8k", "12000", r"#### \(12{,}000\)", 1),
+        ("gsm8k", "-5", "#### \u22125", 1),
+        ("gsm8k", "5", "#### +5", 1),
+        ("gsm8k", "0.25", "#### .25", 1),
+        ("gsm8k", "0.5", "#### 1/2", 1),
+        ("gsm8k", "1000", "#### 1e3", 1),
+        ("gsm8k", "1000000", "#### 1 000 000\nThat is all.", 1),
+        ("gsm8k", "+1,000.0", "####1000", 1),
+        ("gsm8k", "10", "#### 10/3", 0),
+        ("gsm8k", "1", "#### 1e3", 0),
+        ("gsm8k", "5", "#### 5^2", 0),
+        ("gsm8k", "7", "#### 7:45", 0),
+        ("gsm8k", "2", "#### 2 or 3", 0),
+        ("gsm8k", "1", "#### 1,5", 0),
+        ("gsm8k", "18", "#### 18 dollars", 0),
+        ("gsm8k", "50", "#### 50%", 0),
+        ("gsm8k", "0", "#### /3", 0),
+        ("gsm8k", "3", "#### 3/0", 0),
+        ("gsm8k", "18", "####", 0),
+        ("gsm8k", "18", "#### " + "$" * 99_999, 0),
+        ("gsm8k", "1", "#### 1" + "0" * 99_999, 0),
+        ("math", "$5", r"$\boxed{5}$", 1),
+        ("math", "$5", r"$\boxed{\$5}$", 1),
+        ("math", "\u20ac18.90", r"$\boxed{18.9}$", 1),
+        ("math", "42\n", r"$\boxed{42}$", 1),
         ("math", "42", r"The final answer is $\boxed{42}$. I hope it is correct.", 1),
         ("math", "42", r"$\boxed{43}$", 0),
         ("math", "42", "The final answer is 42", 0),  # not LaTeX: the paper's settings extract LaTeX only
@@ -60,6 +97,56 @@ def test_math_verdicts():
     wrong = [pair for pair in RIGHT if VERIFIERS["math"](*pair) != 1]
     wrong += [pair for pair in WRONG + NARROW if VERIFIERS["math"](*pair) != 0]
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("reward", "answer", "said"),
+    [
+        ("gsm8k", "three", "needs a number as `answer`, not 'three'"),
+        ("gsm8k", "50%", "needs a number as `answer`, not '50%'"),
+        ("gsm8k", "18 dollars", "needs a number"),
+        ("gsm8k", "#### 2 or 3", "needs a number"),
+        ("gsm8k", "She has 2*9.\n#### 18", None),
+        ("gsm8k", 18.0, None),
+        ("gsm8k", Decimal("-3.50"), None),
+        ("exact", "three", None),
+        ("exact", True, "needs an `answer`, a text or a number"),
+        ("exact", b"3", "needs an `answer`, a text or a number"),
+        ("exact", datetime.date(2025, 6, 26), "needs an `answer`, a text or a number"),
+    ],
+)
+def test_answers_that_no_completion_can_match_are_found_when_rows_are_read(reward, answer, said):
+    found = rewards.complaint({"prompt": "1", "reward": reward, "answer": answer})
+    assert found is None if said is None else said in found
+
+
+def references(*answers):
+    return [data.Row("1", [], "math", answer, where=f"f line {i}") for i, answer in enumerate(answers, 1)]
+
+
+@pytest.mark.parametrize("answer", [r"\text{}", "$", "  "])
+def test_a_reference_answer_that_math_verify_cannot_parse_is_refused_with_its_line(scorer, answer):
+    with pytest.raises(argparse.ArgumentError, match="f line 3: Math-Verify cannot parse"):
+        rewards.check_references(references("1", r"\frac{1}{2}", answer), scorer, talks=False)
+
+
+MISREAD = ["1 000", "90\u00b0", "\u00bd", "42.", r"\[42\]", r"1\,000", "1e-05", "**42**", "2\u00bd"]
+READ = [
+    "42", "-3.5", "007", "1,000", "+5", "\u22125", ".5", "-3/4", r"\(42\)", "$42$", "$42", "\u20ac42", "2 cm",
+    r"\frac{1}{2}", "x=3", "(1,2)", r"\text{Evelyn}", r"90^\circ", r"50\%", "1,2", "3+4i", r"10,\!080",
+]  # fmt: skip
+
+
+def test_numbers_that_math_verify_takes_for_something_else_are_counted_in_one_line(scorer, capsys):
+    rewards.check_references(references(*READ, *MISREAD, MISREAD[0]), scorer, talks=True)
+    [said] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert f"misreads {len(MISREAD) + 1} reference answer(s)" in said
+    assert said.endswith(f"1000 counts as wrong where '1 000' is the answer (f line {len(READ) + 1})")
+    for answer in MISREAD:  # each of them
+        rewards.check_references(references(answer), scorer, talks=True)
+        assert "misreads 1 reference answer(s)" in capsys.readouterr().err, answer
+    rewards.check_references(references(*READ), scorer, talks=True)
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.fixture

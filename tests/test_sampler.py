@@ -1,7 +1,9 @@
 """The real vLLM: what it samples, that it takes the policy's weights, and that a failed reload is caught."""
 
 import contextlib
+import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ F32 = torch.float32
 
 @pytest.fixture(scope="session")
 def hf(device, tokenizer, padded_model):
-    return samplers.load_sampler("hf", padded_model, tokenizer, device, F32, 64, 0.3, True)
+    return samplers.load_sampler("hf", padded_model, tokenizer, 64, [3], device, F32, 64, 0.3, True)
 
 
 @pytest.fixture(params=["vllm", "hf"])
@@ -269,7 +271,7 @@ def test_a_tied_matrix_that_is_forgotten_is_caught(kind, device, tokenizer, tmp_
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     policy = policies.load_policy(str(tmp_path), device, len(tokenizer), 1.0)
-    tied = samplers.load_sampler(kind, str(tmp_path), tokenizer, device, F32, 64, 0.3, True)
+    tied = samplers.load_sampler(kind, str(tmp_path), tokenizer, 64, [3], device, F32, 64, 0.3, True)
     ENGINES.append(tied)
     with torch.no_grad():
         for p in policy.parameters():
@@ -336,9 +338,88 @@ def test_where_vllm_is_missing_both_ways_out_are_named(monkeypatch):
     samplers.require("hf")
 
 
+def copy_of_the_toy(directory, **files):
+    """files: a JSON file's name without its end -> what to change in it; None: it is left out."""
+    shutil.copytree(TOY, directory, dirs_exist_ok=True)
+    for name, change in files.items():
+        path = directory / f"{name}.json"
+        content = json.loads(path.read_text())
+        path.unlink()
+        if change is not None:
+            path.write_text(json.dumps(content | change))
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "wanted"),
+    [
+        (None, 5, [3, 5]),
+        (None, [7, 5], [3, 5, 7]),
+        (None, None, [3]),
+        ({"eos_token_id": 9}, 5, [3, 9]),
+        ({"eos_token_id": [9, 3]}, [5], [3, 9]),
+    ],
+)
+def test_end_tokens_are_those_of_transformers_generate(generation, config, wanted, tmp_path):
+    """config.json counts where there is no generation_config.json; the tokenizer's (3) always does."""
+    model = copy_of_the_toy(tmp_path, generation_config=generation, config={"eos_token_id": config})
+    tokenizer, vocab = policies.load_tokenizer(model, 64)
+    assert samplers.end_tokens(model, tokenizer, vocab) == wanted
+    used = AutoModelForCausalLM.from_pretrained(model).generation_config.eos_token_id
+    assert {*wanted} == {3, *(used if isinstance(used, list) else [used])} - {None}
+
+
+def test_completions_stop_at_an_end_token_of_config_json(device, tmp_path, prompts):
+    """A model whose answers all begin with a digit, of which config.json names ten as end tokens."""
+    digits = list(range(4, 14))
+    model = copy_of_the_toy(tmp_path, generation_config=None, config={"eos_token_id": digits})
+    tokenizer, vocab = policies.load_tokenizer(model, 64)
+    stop_ids = samplers.end_tokens(model, tokenizer, vocab)
+    hf = samplers.load_sampler("hf", model, tokenizer, vocab, stop_ids, device, F32, 64, 0.3, True)
+    completions = [c for group in hf.generate(prompts, 4, 6, 1.0, seed=0) for c in group]
+    assert {len(c.ids) for c in completions} == {1} and {c.finish for c in completions} == {"stop"}
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """A token with the id 70 where the others end at 63; it is the tokenizer's end token."""
+    tokens = json.loads((TOY / "tokenizer.json").read_text())
+    tokens["model"]["vocab"]["<|far|>"] = 70
+    added = tokens["added_tokens"] + [tokens["added_tokens"][-1] | {"id": 70, "content": "<|far|>"}]
+    change = {"model": tokens["model"], "added_tokens": added}
+    model = copy_of_the_toy(tmp_path, tokenizer=change, tokenizer_config={"eos_token": "<|far|>"})
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    lm.resize_token_embeddings(80, mean_resizing=False)
+    with torch.no_grad():
+        lm.lm_head.weight[64:] = lm.lm_head.weight[4:14].mean(0) * 3
+    lm.save_pretrained(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["vllm", "hf"])
+def test_a_token_beyond_the_number_of_tokens_can_be_sampled_and_ends_a_completion(
+    kind, sparse, device, prompts
+):
+    if kind == "vllm":
+        pytest.importorskip("vllm")
+    tokenizer, vocab = policies.load_tokenizer(sparse, 64)
+    assert (len(tokenizer), vocab) == (65, 71)
+    stop_ids = samplers.end_tokens(sparse, tokenizer, vocab)
+    assert stop_ids == [3, 70]  # generation_config.json's and the tokenizer's
+    engine = samplers.load_sampler(kind, sparse, tokenizer, vocab, stop_ids, device, F32, 64, 0.3, True)
+    ENGINES.append(engine)
+    completions = [c for group in engine.generate(prompts, 64, 6, 1.0, seed=0) for c in group]
+    ends = [c.ids[-1] for c in completions if c.finish == "stop"]
+    assert ends.count(70) > 20 and max(i for c in completions for i in c.ids) == 70
+    policy = policies.load_policy(sparse, device, vocab, 1.0)
+    rows = [SimpleNamespace(ids=prompt) for prompt in prompts]
+    groups = list(zip(rows, engine.generate(prompts, 1, 6, 1.0, 0), strict=True))
+    assert samplers.self_test(engine, policy.logps, groups)["sampler/logp_gap_max"] < 1e-3
+
+
 def test_the_toy_samples_about_one_answer_in_four_right(device, tokenizer):
     from make import probability_right
 
-    model = samplers.load_sampler("hf", str(TOY), tokenizer, device, F32, 64, 0.3, True).lm
+    model = samplers.load_sampler("hf", str(TOY), tokenizer, 64, [3], device, F32, 64, 0.3, True).lm
     right = probability_right(model, tokenizer, [(a, b) for a in range(0, 100, 7) for b in range(0, 100, 9)])
     assert 0.15 < right < 0.33
