@@ -104,7 +104,9 @@ def save(run, progress: Progress, fingerprint: int, policy, optimizer, queue: li
         dcp.save(tensors, storage_writer=writer)
 
     def describe(generators):
+        updates = max((int(moments["step"]) for moments in optimizer.state.values()), default=0)
         state = {k: v for k, v in vars(progress).items() if k not in ("window", "queue", "tested")} | {
+            "updates": updates,  # Adam's own count: a step without a pair, or with nothing to learn, is none
             "tested": [asdict(c) for c in progress.tested], "window": progress.window is not None,
             "generators": generators, "fingerprint": fingerprint, "logs": run.sizes(), "facts": run.facts,
         }  # fmt: skip
@@ -220,7 +222,7 @@ def load(checkpoint: Checkpoint, policy, optimizer, dtype, completion: type) -> 
         progress.window = policy.snapshot(dtype)  # of the right shapes; its values are overwritten
     for p in policy.lm.parameters():
         p.grad = None
-        updates = torch.tensor(float(progress.step - progress.skipped), device=p.device)
+        updates = torch.tensor(float(state["updates"]), device=p.device)
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": updates, **moments}
     tensors = _tensors(policy, optimizer, progress)

@@ -28,7 +28,7 @@ FLAGS = {
 def argv(directory: Path, s: str) -> list[str]:
     flags = f"--steps {STEPS} --sync-steps {s} --generate-ahead 3 --prompts-per-step 5 --samples-per-prompt 4"
     flags += f" --eval-every 3 --save-every 1 --keep {STEPS} --log-samples -1 --sampler hf --warmup-steps 3"
-    flags += f" --eval-data {directory}/valid.jsonl --data {DATA}/train.jsonl --model {DATA}/model"
+    flags += f" --eval-data {directory}/valid.jsonl --data {DATA}/train.jsonl"
     return flags.split()
 
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TOY
+from conftest import ROOT, TOY
 from resume_matrix import CUTS, STEPS
 from safetensors.torch import load_file
 
@@ -79,3 +81,64 @@ def test_two_ranks_go_on_as_one(torchrun, tmp_path):
     assert [d.name for d in sorted((tmp_path / "one/checkpoints").iterdir())] == [
         "step-000002", "step-000004", "step-000004.aside", "step-000006", "step-000006.aside",
     ]  # fmt: skip
+
+
+def clock_flags(directory):
+    """A copy of the toy whose chat template writes the day of the month, and what a short run of it needs."""
+    model = directory / "clock"
+    shutil.copytree(TOY, model)
+    template = (TOY / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d') }}:" + template)
+    rows = (ROOT / "toy" / "valid.jsonl").read_text().splitlines(keepends=True)
+    (directory / "valid.jsonl").write_text("".join(rows[:20]))
+    flags = f"--model {model} --data {ROOT}/toy/train.jsonl --eval-data {directory}/valid.jsonl --sampler hf"
+    flags += (
+        " --max-prompt-tokens 30 --max-new-tokens 7 --prompts-per-step 8 --samples-per-prompt 4 --lr 2e-4"
+    )
+    return (flags + " --beta 3 --save-every 2 --eval-every 2 --log-samples -1").split()
+
+
+def script(name, *flags):
+    command = [sys.executable, str(ROOT / name), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_steps_that_have_nothing_to_learn_from_are_no_updates_after_a_resume_either(tmp_path):
+    """Two answers to one prompt are often equally right: then Adam's count of steps stays where it is."""
+    flags = "--sampler hf --prompts-per-step 1 --samples-per-prompt 2 --save-every 4 --eval-every 0".split()
+    for name, *more in (("straight", 8), ("again", 4), ("again", 8, "--resume", "auto")):
+        done = script("train_dpo.py", *flags, "--out", tmp_path / name, "--steps", *more)
+        assert done.returncode == 0, done.stderr[-2000:]
+    pairs = [line["pairs"] for line in metrics(tmp_path / "straight")]
+    assert {0, 1} == {*pairs[:4]} == {*pairs[4:]}
+    assert_same(tmp_path / "again", tmp_path / "straight")
+
+
+def test_a_whole_experiment_has_the_date_of_its_start(tmp_path):
+    """Today is another day than 2025-06-26 whenever this test runs: whoever forgets the date sees it."""
+    flags, day = clock_flags(tmp_path), ["--date", "2025-06-26"]
+    other = ["--date", "2025-06-27"]
+    for name, steps, more in (("straight", 4, day), ("again", 2, day), ("other", 2, other)):
+        done = script("train_dpo.py", *flags, "--steps", steps, "--out", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert metrics(tmp_path / "other") != metrics(tmp_path / "again")  # the date is in the prompts
+
+    again = ["--steps", 4, "--out", tmp_path / "again", "--resume", "auto"]
+    refused = script("train_dpo.py", *flags, *again, *other)
+    said = "would be another run with --date 2025-06-27 (was 2025-06-26)"
+    assert refused.returncode == 2 and said in refused.stderr
+    assert script("train_dpo.py", *flags, *again).returncode == 0
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "straight")
+
+    out = ["--data", tmp_path / "valid.jsonl", "--samples", 2, "--sampler", "hf", "--out"]
+    done = script("evaluate.py", "--model", tmp_path / "again", *out, tmp_path / "evaluation")
+    settings = json.loads((tmp_path / "evaluation" / "args.json").read_text())["settings"]
+    wanted = {"date": "2025-06-26", "max_prompt_tokens": 30, "max_new_tokens": 7}
+    assert done.returncode == 0 and {name: settings[name] for name in wanted} == wanted
+
+    # of a model that is no run's, begun on that day and gone on with today
+    lengths = ["--model", tmp_path / "clock", "--max-prompt-tokens", 30, "--max-new-tokens", 7]
+    out.append(tmp_path / "of-a-model")
+    assert script("evaluate.py", *lengths, *day, *out).returncode == 0
+    done = script("evaluate.py", *lengths, *out)
+    assert done.returncode == 0 and "40 of 40 answers are there already" in done.stdout
