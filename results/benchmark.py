@@ -73,15 +73,16 @@ class Bench:
         torch.set_num_threads(args.threads)
         _, _, self.device = policies.start()
         self.dtype, length = policies.compute_dtype(self.device), args.prompt_tokens + args.new_tokens
-        self.tokenizer = policies.load_tokenizer(model, length)
-        self.policy = policies.load_policy(model, self.device, len(self.tokenizer), 1.0)
-        engine = (self.tokenizer, self.device, self.dtype, length, 0.3, False)
+        tokenizer, self.vocab = policies.load_tokenizer(model, length)
+        stop_ids = samplers.end_tokens(model, tokenizer, self.vocab)
+        self.policy = policies.load_policy(model, self.device, self.vocab, 1.0)
+        engine = (tokenizer, self.vocab, stop_ids, self.device, self.dtype, length, 0.3, False)
         self.sampler = samplers.load_sampler(args.sampler, model, *engine)
         self.bytes = sum(p.numel() * p.element_size() for p in self.policy.parameters())
         self.rng = random.Random(0)
 
     def ids(self, tokens: int) -> list[int]:
-        return [self.rng.randrange(4, min(len(self.tokenizer), 2**15)) for _ in range(tokens)]
+        return [self.rng.randrange(4, min(self.vocab, 2**15)) for _ in range(tokens)]
 
     def prompts(self, count: int) -> list[list[int]]:
         return [self.ids(self.args.prompt_tokens) for _ in range(count)]

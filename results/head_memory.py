@@ -20,18 +20,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import policy as policies
 
 
-def measure(way: str, model: str, sequences: int, tokens: int, answer) -> None:
+def measure(way: str, model: str, sequences: int, tokens: int, vocab: int, answer) -> None:
     _, _, device = policies.start()
     if way == "chunked":
-        policy = policies.load_policy(model, device, 2**30, 1.0)
+        policy = policies.load_policy(model, device, vocab, 1.0)
     else:
         lm = AutoModelForCausalLM.from_pretrained(model).to(device)
     ids_BL = torch.randint(0, 1000, (sequences, tokens), device=device)
 
     def step(ids_BL):
         if way == "chunked":
-            length_B = torch.full((len(ids_BL),), ids_BL.shape[1], device=device)
-            logps_BT, _, _ = policy(ids_BL, torch.ones_like(length_B), length_B)
+            inputs = policy.collate([(ids[:1], [ids[1:]]) for ids in ids_BL.tolist()])
+            logps_BT, _, _ = policy(*inputs)
         else:
             logits_BTV = lm(input_ids=ids_BL).logits[:, :-1].float()
             logps_BT = logits_BTV.log_softmax(-1).gather(-1, ids_BL[:, 1:, None]).squeeze(-1)
@@ -66,7 +66,8 @@ def main():
         peaks = {}
         for way in ("chunked", "whole"):
             answer = context.Queue()
-            process = context.Process(target=measure, args=(way, model, args.sequences, args.tokens, answer))
+            sizes = (args.sequences, args.tokens, args.vocab)
+            process = context.Process(target=measure, args=(way, model, *sizes, answer))
             process.start()
             peaks[way] = answer.get(timeout=300)
             process.join()

@@ -96,7 +96,7 @@ def main():
     args = parser.parse_args()
     ways = [(k, checkpointing) for checkpointing in (True, False) for k in args.shard_ranks]
     columns = [memory(args.shape, k, args.micro_batch_tokens, on) for k, on in ways]
-    heads = [f"`--shard-ranks {k}{' --activation-checkpointing' * on}`" for k, on in ways]
+    heads = [f"`--shard-ranks {k}{'' if on else ' --no-activation-checkpointing'}`" for k, on in ways]
     print(f"| GiB on each GPU | {' | '.join(heads)} |\n|---|{'---|' * len(ways)}")
     for name in columns[0]:
         print(f"| {name} | {' | '.join(f'{column[name] / GIB:.1f}' for column in columns)} |")

@@ -23,6 +23,9 @@ run() { # name, flags
 export -f run
 
 sums="--data toy/train.jsonl" chats="--data toy/chat_train.jsonl"
+# a model that is named is trained with the paper's values: these are the toy's
+toy="--prompts-per-step 32 --max-prompt-tokens 24 --max-new-tokens 8 --micro-batch-tokens 4096 --lr 2e-4"
+toy="$toy --adam-eps 1e-8 --grad-clip 1 --beta 3 --no-activation-checkpointing"
 mkdir -p results/mixed
 for seed in 0 1 2; do
   echo "sums-seed$seed $sums --seed $seed"
@@ -30,6 +33,6 @@ for seed in 0 1 2; do
   echo "both-seed$seed $sums toy/chat_train.jsonl --data-weights 1 1 --seed $seed"
 done | xargs -P 2 -I{} bash -c 'read -r name flags <<<"{}"; run "$name" "$flags"'
 for seed in 0 1 2; do
-  echo "sums-then-chats-seed$seed --model results/mixed/sums-seed$seed/model $chats --seed $seed"
-  echo "chats-then-sums-seed$seed --model results/mixed/chats-seed$seed/model $sums --seed $seed"
+  echo "sums-then-chats-seed$seed --model results/mixed/sums-seed$seed/model $toy $chats --seed $seed"
+  echo "chats-then-sums-seed$seed --model results/mixed/chats-seed$seed/model $toy $sums --seed $seed"
 done | xargs -P 2 -I{} bash -c 'read -r name flags <<<"{}"; run "$name" "$flags"'

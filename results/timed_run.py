@@ -159,9 +159,10 @@ def measure(args, folder: str) -> dict:
         "--sampler", args.sampler, "--steps", args.steps, "--prompts-per-step", args.prompts,
         "--samples-per-prompt", args.samples, "--max-prompt-tokens", args.max_prompt_tokens, "--lr", RATE,
         "--max-new-tokens", args.new_tokens, "--micro-batch-tokens", micro_batch_tokens(args),
-        "--no-sync-ref", "--out", f"{folder}/run", "--save-every", 0,
+        "--no-sync-ref", "--out", f"{folder}/run", "--save-every", 0, "--no-activation-checkpointing",
+        "--grad-clip", 1, "--adam-eps", 1e-8,
     ]  # fmt: skip
-    flags += ["--beta", args.beta] if args.algorithm == "grpo" else []
+    flags += ["--beta", args.beta, "--std-norm"] if args.algorithm == "grpo" else ["--beta", 3]
     (train_grpo if args.algorithm == "grpo" else train_dpo).main([*map(str, flags)])
     return found
 

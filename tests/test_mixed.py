@@ -101,12 +101,30 @@ def test_what_is_too_long_has_no_verdict(hub_model, device):
     assert [score is None for score in scores] == [False, True, False, False]
 
 
+def without_tokenizer(directory, tokenizer):
+    """transformers makes one of a handful of tokens, and every text is empty."""
+    model_of(LlamaForSequenceClassification, directory, tokenizer, num_labels=1)
+    (directory / "tokenizer.json").unlink()
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(config | {"tokenizer_class": "Qwen2Tokenizer"})
+    )
+
+
+def test_an_id_beyond_the_matrix_has_no_verdict(hub_model, device):
+    model = rewards.RewardModel(str(hub_model[0]), device, F32, DAY)
+    model.tokenizer.add_tokens(["<|new1|>", "<|new2|>"])  # ids 64 and 65; the matrix has 65 rows
+    news = [[{"role": "user", "content": f"<|new{i}|>"}, CHATS[0][1]] for i in (1, 2)]
+    assert [score is None for score in model([CHATS[0], *news])] == [False, False, True]
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda d, t: model_of(LlamaForSequenceClassification, d, t, num_labels=2), "it has 2 labels"),
         (lambda d, t: model_of(LlamaModel, d, t, num_labels=1), "it lacks score.weight"),
         (lambda d, t: None, "cannot be loaded"),
+        (without_tokenizer, r"its tokenizer does not keep its text \('1\+1=' comes back as"),
     ],
 )
 def test_what_is_no_reward_model_is_named(make, said, tokenizer, device, tmp_path):
