@@ -31,8 +31,8 @@ TIMEOUT = timedelta(minutes=60)  # of a collective: ranks wait for the one that 
 MASKED = (
     4  # cost of a pair of tokens under a mask, in those of a causal kernel that leaves pairs out; a guess
 )
-# Most nats between our log-probs and the plain model's, on average: in float32 the order of sums differs (1e-6),
-# in 16 bits each operation on capped logits is rounded (0.04 at logits of 30); a factor left out makes far more.
+# Most nats between our log-probs and the plain model's, on average. In float32 the order of sums differs
+# (1e-6); in 16 bits capped logits are rounded (0.04 at logits of 30). A factor left out makes far more.
 FAMILY_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 CHUNK_LOGITS = 2**25  # logits that exist at one time: 128 MiB in float32, 261 tokens of Llama 3's vocabulary
 
