@@ -386,12 +386,22 @@ def load_policy(
     vocab: ids below it may be sampled (`load_tokenizer`).
     trust: whether code that comes with the model may run. mesh: `device_mesh`'s, or None: over all ranks.
     Trainable: float32 master weights, computing in bfloat16 on a GPU. Not trainable: weights in the computing
-    dtype. Raises ArgumentError for a model that cannot be loaded or whose layers cannot be found.
+    dtype. Raises ArgumentError for a model that cannot be loaded whole, whose layers cannot be found, or whose
+    log-probs would not be its own.
     """
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # what it would report is refused below, in one line
+    load = {"dtype": "auto", "trust_remote_code": trust, "ignore_mismatched_sizes": True}
     try:
-        lm = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust)
+        lm, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **load)
     except (OSError, ValueError, UnpicklingError, SafetensorError) as error:
         raise ArgumentError(None, f"--model {model}: cannot be loaded ({_first_line(error)})") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    absent = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
+    if absent:  # transformers would go on with random ones
+        reason = f"its files have no {absent[0]} of the shape that config.json gives"
+        raise ArgumentError(None, f"--model {model}: {reason}")
     if getattr(lm.get_output_embeddings(), "weight", None) is None:
         raise ArgumentError(None, f"--model {model}: {type(lm).__name__} has no output matrix")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:

@@ -221,8 +221,8 @@ def check_references(rows: list, verifiers: "Verifiers", talks: bool):
         if row.reward == "math" and not re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", row.answer):
             asked.setdefault(row.answer, []).append(row)
     answers, misread = list(asked), []
-    starts = range(0, len(answers), 64)
-    for start in tqdm(starts, desc="checking reference answers", disable=not talks, leave=False):
+    quiet, starts = not (talks and answers), range(0, len(answers), 64)
+    for start in tqdm(starts, desc="checking reference answers", disable=quiet, leave=False):
         batch = answers[start : start + 64]
         verdicts = verifiers([("math", answer, rf"$\boxed{{{_as_latex(answer)}}}$") for answer in batch])
         for answer, verdict in zip(batch, verdicts, strict=True):

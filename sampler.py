@@ -223,16 +223,16 @@ def _complaint(model, spots: dict) -> str | None:
     """Compares the noted entries with vLLM's own tensors; names the tensor that was not sent or differs most,
     or None.
 
-    vLLM joins some matrices by rows (q, k and v; gate and up). Tensors that a kernel has repacked cannot be
-    read back (on a CPU, those of all linear layers), and names may differ (multimodal models): then the
-    log-probs have to tell.
+    vLLM joins some matrices by rows (q, k and v; gate and up), unless they are sent joined. Tensors that a
+    kernel has repacked cannot be read back (on a CPU, those of all linear layers), and names may differ
+    (multimodal models): then the log-probs have to tell.
     """
     joined = getattr(model, "packed_modules_mapping", {})
     missing, worst, worst_gap, known = None, None, 0.0, False
     for whole, param in model.named_parameters():
         module = whole.split(".")[-2] if "." in whole else whole
         row = 0
-        for part in joined.get(module, [module]):
+        for part in [module] if whole in spots else joined.get(module, [module]):
             name = whole.replace(f"{module}.", f"{part}.")
             if name not in spots:
                 missing = name

@@ -11,6 +11,7 @@ from argparse import ArgumentError
 import pytest
 import torch
 from conftest import ROOT, TOY
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import policy as policies
@@ -117,6 +118,11 @@ CASES = [
         "{toy} --model {tmp}/farstop --sampler hf",
         "{tmp}/farstop: its end token 64 cannot be sampled, ids go from",
     ),
+    (
+        "{toy} --model {tmp}/wide --sampler hf",
+        "{tmp}/wide: its files have no lm_head.weight of the shape that",
+    ),
+    ("{toy} --model {tmp}/headless --sampler hf", "{tmp}/headless: its files have no lm_head.weight of the"),
     ("{toy} --model {tmp}/wrongstop --sampler hf", "{tmp}/wrongstop: its end token 99 cannot be sampled"),
     ("{toy} --model {tmp}/nostop --sampler hf", "generation_config.json nor config.json names an end token"),
     ("{toy} --model {tmp}/tornstop --sampler hf", "{tmp}/tornstop: generation_config.json is damaged"),
@@ -284,6 +290,11 @@ def make_models(directory):
     kept = {token: i for token, i in tokens["model"]["vocab"].items() if not token.isdigit()}
     copy("nodigits", tokenizer={"model": tokens["model"] | {"vocab": kept}})
     copy("narrow", config={"vocab_size": 40})
+    copy("wide", config={"vocab_size": 80})
+    copy("headless")
+    tensors = load_file(TOY / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, directory / "headless/model.safetensors", {"format": "pt"})
     added = tokens["added_tokens"] + [tokens["added_tokens"][-1] | {"id": 64, "content": "<|new|>"}]
     copy("newtoken", tokenizer={"added_tokens": added})
     copy("farstop", tokenizer={"added_tokens": added}, tokenizer_config={"eos_token": "<|new|>"})
@@ -339,6 +350,7 @@ def test_bad_input(script, flags, said, tmp, device, capsys, monkeypatch):
         runs.launch(lambda: script.main(argv))
     error = capsys.readouterr().err.strip()
     error = error[error.rfind("\r") + 1 :]  # after the progress bars
+    error = error.removeprefix(error[: error.find("\n") + 1] if error.startswith("Loading weights") else "")
     if "--resume" in flags:  # what it goes on from, or why not, has a line before
         error = error.splitlines()[-1]
     assert stopped.value.code == 2

@@ -315,6 +315,14 @@ def test_on_a_gpu_the_very_tensors_are_compared():
     assert "entries differ" in samplers._complaint(model, spots)
     del spots["v_proj.weight"]
     assert "v_proj.weight: it was not among" in samplers._complaint(model, spots)
+    for entry in (0.0, 0.5):  # a family, such as phi3 or glm4, that joins them itself
+        spots.clear()
+        qkv = model.qkv_proj.weight.data.clone()
+        qkv[20, 1] += entry
+        sent = {"qkv_proj.weight": qkv, "norm.weight": model.norm.weight.data}
+        list(samplers._note_spots(sent.items(), spots))
+        said = samplers._complaint(model, spots)
+        assert said == (f"qkv_proj.weight: entries differ by up to {entry:.2g}" if entry else None)
 
 
 @pytest.mark.skipif(
