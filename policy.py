@@ -386,8 +386,8 @@ def load_policy(
     vocab: ids below it may be sampled (`load_tokenizer`).
     trust: whether code that comes with the model may run. mesh: `device_mesh`'s, or None: over all ranks.
     Trainable: float32 master weights, computing in bfloat16 on a GPU. Not trainable: weights in the computing
-    dtype. Raises ArgumentError for a model that cannot be loaded whole, whose layers cannot be found, or whose
-    log-probs would not be its own.
+    dtype. Raises ArgumentError for a model that cannot be loaded whole, whose layers cannot be found, or that
+    makes its logits in a way of its own.
     """
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # what it would report is refused below, in one line
