@@ -85,6 +85,14 @@ def test_decimals_and_whole_numbers_in_a_column_with_gaps(tokenizer, tmp_path):
     assert [row.answer for row in gaps] == ["42", None]
 
 
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_a_short_float_is_the_number_that_was_meant(kind, tokenizer, tmp_path):
+    frame = pandas.DataFrame({"prompt": ["1", "2", "3"], "reward": "exact", "answer": [0.1, 42, -2.5]})
+    frame.astype({"answer": kind}).to_parquet(tmp_path / "a.parquet")
+    [rows], _ = load([str(tmp_path / "a.parquet")], tokenizer)
+    assert [row.answer for row in rows] == ["0.1", "42", "-2.5"]
+
+
 CHATS = [  # keys that only some messages have, also inside of others
     [{"role": "user", "content": "1"}],
     [{"role": "user", "name": "bo", "content": "2"}],
