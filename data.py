@@ -201,8 +201,8 @@ def _check_ids(rows: list[Row], texts: list[str], tokenizer, vocab: int, talks: 
 
 
 def _visible(text: str) -> str:
-    """What a tokenizer has to keep: not spaces, case or ways to write the same character."""
-    text = unicodedata.normalize("NFKC", text).casefold()
+    """What a tokenizer has to keep: not spaces, nor one of several ways to write a character."""
+    text = unicodedata.normalize("NFKC", text)
     return "".join(char for char in text if unicodedata.category(char)[0] not in "CZ")
 
 

@@ -216,10 +216,10 @@ def check_references(rows: list, verifiers: "Verifiers", talks: bool):
     """
     from tqdm import tqdm
 
-    asked: dict[str, list] = {}  # the rows of each answer that is not so plain that it cannot be misread
+    asked: dict[str, dict] = {}  # the rows of each answer that is not so plain that it cannot be misread
     for row in rows:
         if row.reward == "math" and not re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", row.answer):
-            asked.setdefault(row.answer, []).append(row)
+            asked.setdefault(row.answer, {})[row.where] = row  # once, if it is there to validate too
     answers, misread = list(asked), []
     quiet, starts = not (talks and answers), range(0, len(answers), 64)
     for start in tqdm(starts, desc="checking reference answers", disable=quiet, leave=False):
@@ -229,8 +229,9 @@ def check_references(rows: list, verifiers: "Verifiers", talks: bool):
             if verdict is None:
                 verifiers.close()
                 reason = f"Math-Verify cannot parse or compare the reference answer {answer!r}"
-                raise argparse.ArgumentError(None, f"{asked[answer][0].where}: {reason}; correct or drop it")
-            misread += [] if verdict else asked[answer]
+                where = next(iter(asked[answer]))
+                raise argparse.ArgumentError(None, f"{where}: {reason}; correct or drop it")
+            misread += [] if verdict else asked[answer].values()
     if misread and talks:
         row = misread[0]
         example = f"{_as_latex(row.answer)} counts as wrong where {row.answer!r} is the answer ({row.where})"

@@ -95,6 +95,13 @@ def test_scores_do_not_depend_on_the_batch(layout, request, device):
     assert small([]) == []
 
 
+def test_a_template_with_a_clock_writes_the_date_of_the_run(hub_model, device):
+    for date in ("2025-06-26", "2031-12-01"):
+        model = rewards.RewardModel(str(hub_model[0]), device, F32, date)
+        model.tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}:{{ messages[-1].content }}"
+        assert model.tokenizer.decode(model.encode(CHATS[0])) == f"{date}:11"
+
+
 def test_what_is_too_long_has_no_verdict(hub_model, device):
     model = rewards.RewardModel(str(hub_model[0]), device, F32, DAY, max_tokens=18)
     scores = model(CHATS)
