@@ -55,19 +55,10 @@ def get_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     folder = os.path.relpath(Path(__file__).parent / "toy")
     toy = {  # without --model it is the toy, with values of its own
-        "model": f"{folder}/model",
-        "data": [f"{folder}/train.jsonl"],
-        "eval_data": [f"{folder}/valid.jsonl"],
-        "prompts_per_step": 32,
-        "max_prompt_tokens": 24,
-        "max_new_tokens": 8,
-        "micro_batch_tokens": 4096,
-        "activation_checkpointing": False,
-        "lr": 2e-4,
-        "adam_eps": 1e-8,
-        "grad_clip": 1.0,
-        "beta": 3.0,
-    }
+        "model": f"{folder}/model", "data": [f"{folder}/train.jsonl"], "eval_data": [f"{folder}/valid.jsonl"],
+        "prompts_per_step": 32, "max_prompt_tokens": 24, "max_new_tokens": 8, "micro_batch_tokens": 4096,
+        "activation_checkpointing": False, "lr": 2e-4, "adam_eps": 1e-8, "grad_clip": 1.0, "beta": 3.0,
+    }  # fmt: skip
     # fmt: off
     # what; (T4) is the paper's Table 4
     add("--model", help="directory or hub name; paper: Llama-3.1-8B-Instruct")
