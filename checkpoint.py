@@ -104,9 +104,9 @@ def save(run, progress: Progress, fingerprint: int, policy, optimizer, queue: li
         dcp.save(tensors, storage_writer=writer)
 
     def describe(generators):
-        updates = max((int(moments["step"]) for moments in optimizer.state.values()), default=0)
+        updates = max(int(moments.get("step", 0)) for moments in optimizer.state.values())
         state = {k: v for k, v in vars(progress).items() if k not in ("window", "queue", "tested")} | {
-            "updates": updates,  # Adam's own count: a step without a pair, or with nothing to learn, is none
+            "updates": updates,  # Adam's own count: a step with nothing to learn from is none
             "tested": [asdict(c) for c in progress.tested], "window": progress.window is not None,
             "generators": generators, "fingerprint": fingerprint, "logs": run.sizes(), "facts": run.facts,
         }  # fmt: skip

@@ -114,6 +114,21 @@ def test_steps_that_have_nothing_to_learn_from_are_no_updates_after_a_resume_eit
     assert_same(tmp_path / "again", tmp_path / "straight")
 
 
+@pytest.mark.parametrize("name", ["train_dpo.py", "train_grpo.py"])
+def test_a_run_without_any_update_yet_is_saved_and_goes_on(name, tmp_path):
+    """Four steps of sums that nothing answers, saved after two: then the optimizer has no state at all."""
+    rows = [{"prompt": f"{i}+1=", "reward": "exact", "answer": "never"} for i in range(20)]
+    (tmp_path / "never.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--sampler", "hf", "--data", tmp_path / "never.jsonl", "--prompts-per-step", 2]
+    flags += ["--save-every", 2, "--eval-every", 0]
+    for out, *more in (("straight", 4), ("again", 2), ("again", 4, "--resume", "auto")):
+        done = script(name, *flags, "--out", tmp_path / out, "--steps", *more)
+        assert done.returncode == 0, done.stderr[-2000:]
+    state = json.loads((tmp_path / "again/checkpoints/step-000002/state.json").read_text())
+    assert state["updates"] == 0
+    assert_same(tmp_path / "again", tmp_path / "straight")
+
+
 def test_a_whole_experiment_has_the_date_of_its_start(tmp_path):
     """Today is another day than 2025-06-26 whenever this test runs: whoever forgets the date sees it."""
     flags, day = clock_flags(tmp_path), ["--date", "2025-06-26"]
