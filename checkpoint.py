@@ -104,7 +104,7 @@ def save(run, progress: Progress, fingerprint: int, policy, optimizer, queue: li
         dcp.save(tensors, storage_writer=writer)
 
     def describe(generators):
-        updates = max(int(moments.get("step", 0)) for moments in optimizer.state.values())
+        updates = max((int(moments.get("step", 0)) for moments in optimizer.state.values()), default=0)
         state = {k: v for k, v in vars(progress).items() if k not in ("window", "queue", "tested")} | {
             "updates": updates,  # Adam's own count: a step with nothing to learn from is none
             "tested": [asdict(c) for c in progress.tested], "window": progress.window is not None,

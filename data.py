@@ -137,10 +137,13 @@ def _load(source, tokenizer, vocab, check, max_tokens, date, talks) -> tuple[lis
     for number, line in tqdm(raw, desc=f"checking {source}", disable=not talks, leave=False):
         if isinstance(line, dict) and isinstance(line.get("prompt"), list):
             line["prompt"] = _without_none(line["prompt"])
-        complaint = _row_complaint(line) or check(line)
+        complaint = _row_complaint(line)
+        if not complaint:
+            line |= {key: _text(line.get(key)) for key in ("answer", "uid")}
+            complaint = check(line)
         if complaint:
             raise ArgumentError(None, f"{source}, {what} {number}: {complaint}")
-        answer, uid = (_text(line.get(key)) for key in ("answer", "uid"))
+        answer, uid = (None if line[key] is None else str(line[key]) for key in ("answer", "uid"))
         row = Row(line["prompt"], [], line.get("reward"), answer, uid, f"{source} {what} {number}")
         try:
             texts.append(render(tokenizer, row.messages, date))
@@ -189,11 +192,13 @@ def _check_ids(rows: list[Row], texts: list[str], tokenizer, vocab: int, talks: 
             )
             raise ArgumentError(None, f"{row.where}: id {max(row.ids)} in the prompt: {sizes}")
         back = tokenizer.decode(row.ids)
-        lost = Counter() if back == text else Counter(_visible(text)) - Counter(_visible(back))
-        if 2 * lost.total() > len(_visible("".join(m["content"] for m in row.messages))):
+        lost = (
+            Counter(_visible(text).casefold()) - Counter(_visible(back).casefold()) if back != text else None
+        )
+        if lost and 2 * lost.total() > len(_visible("".join(m["content"] for m in row.messages))):
             reason = f"the tokenizer makes {back[:60]!r} of {text[:60]!r}: is one of its files missing?"
             raise ArgumentError(None, f"{row.where}: {reason}")
-        lossy += [(row, lost)] if lost else []
+        lossy += [(row, Counter(_visible(text)) - Counter(_visible(back)))] if lost else []
     if lossy and talks:
         row, lost = lossy[0]
         example = f"{''.join(sorted(lost))!r} in {row.where}"
@@ -201,17 +206,17 @@ def _check_ids(rows: list[Row], texts: list[str], tokenizer, vocab: int, talks: 
 
 
 def _visible(text: str) -> str:
-    """What a tokenizer has to keep: not spaces, nor one of several ways to write a character."""
+    """What a tokenizer has to keep: not spaces, nor one of several ways to write a character. (Nor case.)"""
     text = unicodedata.normalize("NFKC", text)
     return "".join(char for char in text if unicodedata.category(char)[0] not in "CZ")
 
 
-def _text(value) -> str | None:
-    """Numbers of JSON and parquet as people write them: 42.0 as 42, 1e-05 as 0.00001."""
+def _text(value):
+    """Numbers of JSON and parquet as people write them: 42.0 as 42, 1e-05 as 0.00001; the rest as it is."""
     if isinstance(value, float | Decimal):
-        exact = Decimal(str(value))
-        return str(int(exact)) if exact == exact.to_integral_value() else f"{exact.normalize():f}"
-    return None if value is None else str(value)
+        whole = int(value)
+        return str(whole) if value == whole else f"{Decimal(str(value)):f}".rstrip("0")
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def load_rollouts(
@@ -247,7 +252,7 @@ def load_rollouts(
 def _row_complaint(row) -> str | None:
     """What is wrong with a raw row, but for what its reward needs, or None."""
     if not isinstance(row, dict):
-        return f"a row is a JSON object, not {json.dumps(row)[:80]}"
+        return f"a row is a JSON object, not {json.dumps(row, default=str)[:80]}"
     for key in ("answer", "uid"):
         if isinstance(row.get(key), float | Decimal) and not math.isfinite(row[key]):
             return f"`{key}` is {row[key]}, which is no number"
@@ -261,9 +266,10 @@ def _row_complaint(row) -> str | None:
             if not (
                 isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
             ):
-                return f"`prompt` holds a message without role and content: {json.dumps(message)[:80]}"
+                shown = json.dumps(message, default=str)[:80]
+                return f"`prompt` holds a message without role and content: {shown}"
         return None if prompt[-1]["role"] == "user" else "`prompt` must end with a message of the user"
-    return f"`prompt` must be a text or a list of messages, not {json.dumps(prompt)[:80]}"
+    return f"`prompt` must be a text or a list of messages, not {json.dumps(prompt, default=str)[:80]}"
 
 
 class _Numbered:

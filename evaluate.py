@@ -112,15 +112,17 @@ def read_args(directory: Path) -> dict:
     """What its args.json says; {} without one."""
     file = directory / "args.json"
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
+        found = json.loads(file.read_text()) if file.is_file() else {}
     except ValueError as error:
         raise argparse.ArgumentError(None, f"{file}: damaged ({error})") from error
+    return found if isinstance(found, dict) else {}
 
 
 def settings_of_run(model: str) -> dict:
     """Lengths and date that a model was trained with, where it is a run's directory, or the model/ in one."""
-    path = Path(model).absolute()
-    flags = read_args(path.parent if path.name == "model" else path).get("args", {})
+    path = Path(model).resolve()
+    flags = read_args(path.parent if path.name == "model" else path).get("args")
+    flags = flags if isinstance(flags, dict) else {}
     return {name: flags[name] for name in ("max_prompt_tokens", "max_new_tokens", "date") if flags.get(name)}
 
 

@@ -53,7 +53,7 @@ def gsm8k_number(text: str) -> Fraction | None:
 
 
 CURRENCY = "[$\u00a3-\u00a5\u20a0-\u20cf]"
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d{1,3}(?:'\d{3})+|\d+)"
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d{1,3}(?:'\d{3})+|\d{1,3}(?:_\d{3})+|\d+)"
 NUMBER = re.compile(
     rf"([+-]?) ?(?:\\?{CURRENCY} ?)?([+-]?)"
     rf"(?:((?:{DIGITS}(?:\.\d+)?|\.\d+)(?:e[+-]?\d{{1,3}})?|{DIGITS}/\d+)|(\d*)([\u00bc-\u00be\u2150-\u215e]))"
@@ -66,11 +66,12 @@ WRAPPED = re.compile(r"\\boxed\{(.*)\}|\\\[(.*)\\\]|\\\((.*)\\\)|([$*_`]+)(.*)\4
 def number(text: str) -> Fraction | None:
     r"""The number that a text is, decorations aside; None where it is anything else.
 
-    `**$1,000.50**`, `\boxed{-3}`, `.25`, `1/2`, `\u00bd` and `1e3` are; `18 dollars` and `50%` are not.
+    `**$1,000.50**`, `\boxed{-3}`, `.25`, `1/2`, `½` and `1e3` are; `18 dollars` and `50%` are not, nor are
+    more than 100 characters.
     """
     if len(text) > 100:
         return None
-    text = re.sub(r"[\u2212\u2013]", "-", text)  # typographic minus signs
+    text = re.sub(r"[\u2212\u2013\u2014\uff0d]", "-", text)  # typographic minus signs
     text = re.sub(r"\\[,;: ]|\s", " ", text.replace("\\!", "").replace("{,}", ",")).strip().removesuffix(".")
     while wrapped := WRAPPED.fullmatch(text):
         text = next(filter(None, reversed(wrapped.groups())), "").strip().removesuffix(".")
@@ -78,7 +79,7 @@ def number(text: str) -> Fraction | None:
     if not found or (found[1] and found[2]):
         return None
     try:
-        value = Fraction(re.sub("[,' ]", "", found[3] or found[4] or "0"))
+        value = Fraction(re.sub("[,' _]", "", found[3] or found[4] or "0"))
     except ZeroDivisionError:
         return None
     value += Fraction(unicodedata.numeric(found[5])).limit_denominator(10) if found[5] else 0
@@ -238,11 +239,23 @@ def check_references(rows: list, verifiers: "Verifiers", talks: bool):
         tqdm.write(f"warning: Math-Verify misreads {len(misread)} reference answer(s): {example}", sys.stderr)
 
 
+UNIT = re.compile(
+    r"\s*[\u00b0\u00ba\u02da]\s*[CF]?$|[\u2103\u2109\u2032\u2033]$|( (?!\w*illion)[A-Za-z]{3,})+$"
+)
+
+
 def _as_latex(answer: str) -> str:
-    """The number that a reference answer plainly is, degrees too, in its simplest form; else the answer."""
-    value = number(answer.replace("\u00b0", ""))
+    """The number that a reference answer plainly is, without its unit, in its simplest form; else the answer,
+    without what stands around it.
+    """
+    text = answer.strip().lstrip("= ").rstrip(".,; ")
+    while wrapped := WRAPPED.fullmatch(text):
+        text = next(filter(None, reversed(wrapped.groups())), "").strip().rstrip(".,; ")
+    mixed = re.fullmatch(r"(-?)(\d+) (\d+/[1-9]\d*|[\u00bc-\u00be])", text)
+    value = number(mixed[2]) + number(mixed[3]) if mixed else number(UNIT.sub("", text))
     if value is None:
-        return answer.strip().strip("$")
+        return text
+    value = -value if mixed and mixed[1] else value
     top, bottom = abs(value.numerator), value.denominator
     return "-" * (value < 0) + (str(top) if bottom == 1 else rf"\frac{{{top}}}{{{bottom}}}")
 

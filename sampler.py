@@ -363,21 +363,22 @@ def end_tokens(model: str, tokenizer, vocab: int, trust=False) -> list[int]:
 
     try:
         config = GenerationConfig.from_pretrained(model)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:
         if (Path(model) / "generation_config.json").exists():
             raise ArgumentError(None, f"--model {model}: generation_config.json is damaged") from error
         plain = AutoConfig.from_pretrained(model, trust_remote_code=trust)
         config = GenerationConfig.from_model_config(plain)
     more = config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+    ids = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
+    ids = [i for i in ids if i is not None]
     if not ids:
         files = "neither tokenizer nor generation_config.json nor config.json"
         raise ArgumentError(None, f"--model {model}: {files} names an end token")
-    for i in sorted(ids):
-        if not 0 <= i < vocab:
-            reason = f"its end token {i} cannot be sampled, ids go from 0 to {vocab - 1}"
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab:
+            reason = f"its end token {i!r} cannot be sampled, ids go from 0 to {vocab - 1}"
             raise ArgumentError(None, f"--model {model}: {reason}; mend eos_token_id")
-    return sorted(ids)
+    return sorted({*ids})
 
 
 def require(kind: str):

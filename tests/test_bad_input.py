@@ -66,6 +66,7 @@ FILES = {
     "judge.jsonl": lines(without("answer", reward="judge")),
     "taken/metrics.jsonl": "",
     "damaged/args.json": "{",
+    "listed/args.json": "[1]",
     "remote/evil.py": "open('{tmp}/executed', 'w')\n",
     "remote/config.json": json.dumps(
         {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
@@ -124,6 +125,7 @@ CASES = [
     ),
     ("{toy} --model {tmp}/headless --sampler hf", "{tmp}/headless: its files have no lm_head.weight of the"),
     ("{toy} --model {tmp}/wrongstop --sampler hf", "{tmp}/wrongstop: its end token 99 cannot be sampled"),
+    ("{toy} --model {tmp}/textstop --sampler hf", "{tmp}/textstop: its end token '3' cannot be sampled"),
     ("{toy} --model {tmp}/nostop --sampler hf", "generation_config.json nor config.json names an end token"),
     ("{toy} --model {tmp}/tornstop --sampler hf", "{tmp}/tornstop: generation_config.json is damaged"),
     ("--data {tmp}/three.jsonl", "line 2: reward `gsm8k` needs a number as `answer`, not 'three'"),
@@ -219,6 +221,7 @@ EVALUATE_CASES = [
     ("{toy} --model {tmp}/taken", "--model {tmp}/taken: no config.json in it or in its model/"),
     ("--model {tmp}/cut", "--model {tmp}/cut: needs --data"),
     ("{toy} --model {tmp}/damaged", "{tmp}/damaged/args.json: damaged"),
+    ("{toy} --model {tmp}/listed", "--model {tmp}/listed: no config.json in it"),
     ("--out {tmp}/damaged", "{tmp}/damaged/args.json: damaged"),
     ("--data {tmp}/three.jsonl", "line 2: reward `gsm8k` needs a number as `answer`, not 'three'"),
     ("--data {tmp}/missing.jsonl", "{tmp}/missing.jsonl: no such file"),
@@ -302,6 +305,7 @@ def make_models(directory):
     copy(
         "nostop", generation_config=None, config={"eos_token_id": None}, tokenizer_config={"eos_token": None}
     )
+    copy("textstop", generation_config={"eos_token_id": ["3"]})
     copy("tornstop")
     (directory / "tornstop/generation_config.json").write_text('{"eos_token_id"')
 

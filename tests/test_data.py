@@ -8,6 +8,7 @@ from decimal import Decimal
 import pandas
 import pytest
 from conftest import ROOT
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 import data
@@ -75,13 +76,16 @@ def test_a_number_as_answer_is_written_as_people_write_it(number, text, tokenize
 
 def test_decimals_and_whole_numbers_in_a_column_with_gaps(tokenizer, tmp_path):
     """Parquet has a type for decimals, and makes floats of whole numbers where a row has none."""
-    answers = {"decimals": [Decimal("42.00"), Decimal("0.10")], "gaps": [42, None]}
+    answers = {
+        "decimals": [Decimal("42.00"), Decimal("0.10"), Decimal("0." + "123456789" * 4)],
+        "gaps": [42, None],
+    }
     for name, column in answers.items():
         kinds = ["exact" if answer is not None else "rm" for answer in column]
-        frame = pandas.DataFrame({"prompt": ["1", "2"], "reward": kinds, "answer": column})
+        frame = pandas.DataFrame({"prompt": ["1"] * len(column), "reward": kinds, "answer": column})
         frame.to_parquet(tmp_path / f"{name}.parquet")
     [decimals, gaps], _ = load([str(tmp_path / f"{name}.parquet") for name in answers], tokenizer)
-    assert [row.answer for row in decimals] == ["42", "0.1"]
+    assert [row.answer for row in decimals] == ["42", "0.1", long]
     assert [row.answer for row in gaps] == ["42", None]
 
 
@@ -145,6 +149,14 @@ def test_a_prompt_that_loses_characters_is_counted_and_one_that_loses_most_is_re
     path = write(tmp_path / "b.jsonl", [row | {"prompt": "a + b"}, row | {"prompt": "\u00e9t\u00e9"}])
     with pytest.raises(ArgumentError, match=r"b.jsonl line 2: the tokenizer makes .* files missing"):
         load([path], tokenizer)
+
+
+def test_a_tokenizer_that_lowers_case_loses_nothing(tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy" / "model")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    path = write(tmp_path / "a.jsonl", [{"prompt": "WHAT IS 1", "reward": "exact", "answer": "1"}])
+    [[row]], _ = load([path], tokenizer, talks=True)
+    assert "what is 1" in tokenizer.decode(row.ids) and "warning" not in capsys.readouterr().err
 
 
 def test_long_prompts_are_dropped_and_counted_never_cut(tokenizer, tmp_path):

@@ -130,10 +130,14 @@ def test_a_reference_answer_that_math_verify_cannot_parse_is_refused_with_its_li
         rewards.check_references(references("1", r"\frac{1}{2}", answer), scorer, talks=False)
 
 
-MISREAD = ["1 000", "90\u00b0", "\u00bd", "42.", r"\[42\]", r"1\,000", "1e-05", "**42**", "2\u00bd"]
+MISREAD = [
+    "1 000", "90\u00b0", "\u00bd", "42.", r"\[42\]", r"1\,000", "1e-05", "**42**", "2\u00bd", "18 dollars",
+    "3 1/2", r"\[\frac{1}{2}\]", r"2 \pi.", "45\u00b0C", "90\u00ba", "\uff0d5", "=42", "42,", "1_000", r"\[x+1\]",
+]  # fmt: skip
 READ = [
     "42", "-3.5", "007", "1,000", "+5", "\u22125", ".5", "-3/4", r"\(42\)", "$42$", "$42", "\u20ac42", "2 cm",
     r"\frac{1}{2}", "x=3", "(1,2)", r"\text{Evelyn}", r"90^\circ", r"50\%", "1,2", "3+4i", r"10,\!080",
+    "2 x", "p - q", r"\boxed{42}", "$x^2+1$", "(C)", "2516_8", r"5.4 \text{ cents}",
 ]  # fmt: skip
 
 
