@@ -76,10 +76,8 @@ def test_a_number_as_answer_is_written_as_people_write_it(number, text, tokenize
 
 def test_decimals_and_whole_numbers_in_a_column_with_gaps(tokenizer, tmp_path):
     """Parquet has a type for decimals, and makes floats of whole numbers where a row has none."""
-    answers = {
-        "decimals": [Decimal("42.00"), Decimal("0.10"), Decimal("0." + "123456789" * 4)],
-        "gaps": [42, None],
-    }
+    long = "0." + "123456789" * 4
+    answers = {"decimals": [*map(Decimal, ("42.00", "0.10", long))], "gaps": [42, None]}
     for name, column in answers.items():
         kinds = ["exact" if answer is not None else "rm" for answer in column]
         frame = pandas.DataFrame({"prompt": ["1"] * len(column), "reward": kinds, "answer": column})
