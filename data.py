@@ -219,34 +219,92 @@ def _text(value):
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def load_rollouts(
-    path: Path, completion: type, vocab: int, max_tokens: int, version=0
-) -> list[tuple[Row, list]]:
-    """The (row, completions) groups that --save-rollouts wrote; completion: the class to make of them. Their
-    version, a step of another run, becomes `version`: at 0 they are as old as the training.
+def rollout_line(row: Row, completions: list, **more) -> str:
+    """A prompt and what was sampled for it as a line of a .jsonl file, the one form in which rollouts are
+    kept; more: further keys, for whoever writes the file.
+    """
+    return json.dumps({**more, **vars(row), "completions": [vars(c) for c in completions]}) + "\n"
 
-    Raises ArgumentError for what is no rollout, has ids of another tokenizer (from `vocab` on), or is longer
-    than `max_tokens`, prompt and completion.
+
+def read_rollout(line: dict, completion: type, where: str) -> tuple[Row, list]:
+    """The (row, completions) group of a line; completion: the class to make of them.
+
+    Raises ArgumentError, which names `where`, for what is no rollout.
+    """
+    try:
+        needed = [line[key] for key in ("prompt", "ids", "reward", "answer")]
+        row = Row(*needed, line.get("uid"), line.get("where") or where)
+        completions = [completion(**fields) for fields in line["completions"]]
+        complaint = _rollout_complaint(row, completions)
+    except (KeyError, TypeError) as error:
+        complaint = f"no {error}" if isinstance(error, KeyError) else error
+    if complaint:
+        raise ArgumentError(None, f"{where}: not a saved rollout ({complaint})")
+    return row, completions
+
+
+def _rollout_complaint(row: Row, completions: list) -> str | None:
+    """What is wrong with the ids, log-probs, texts and rewards of a group, or None."""
+    for ids in (row.ids, *(c.ids for c in completions)):
+        if not ids or not all(type(i) is int and i >= 0 for i in ids):
+            return f"`ids` are token ids, not {json.dumps(ids)[:80]}"
+    for c in completions:
+        if len(c.logps) != len(c.ids) or not all(type(logp) in (int, float) for logp in c.logps):
+            return f"`logps` has a number for each of the {len(c.ids)} ids, not {json.dumps(c.logps)[:80]}"
+        if not isinstance(c.text, str) or not isinstance(c.reward, int | float | None):
+            found = json.dumps([c.text, c.reward])[:80]
+            return f"`text` and `reward` of a completion are a text and a number, not {found}"
+    return None if completions else "no completions"
+
+
+def load_rollouts(
+    paths: list[Path], tokenizer, completion: type, vocab: int, max_tokens: int
+) -> list[tuple[Row, list]]:
+    """The (row, completions) groups that --save-rollouts or evaluate.py wrote; completion: the class to make
+    of them. Their version, a step of another run, becomes 0: they are as old as the training. Rows without a
+    reward of their own, which only an evaluation accepts, are left out.
+
+    paths: files, or directories, of which all .jsonl files that hold rollouts count.
+    Raises ArgumentError for what is no rollout, was sampled with another tokenizer, or is longer than
+    `max_tokens`, prompt and completion; and for a file that has no rollouts, or no reward.
     """
     groups = []
-    for number, line in read_jsonl(path):
-        try:
-            row = Row(line["prompt"], line["ids"], line["reward"], line["answer"])
-            row = replace(row, where=line.get("where") or f"{path} line {number}")
-            completions = [completion(**(fields | {"version": version})) for fields in line["completions"]]
+    for path in itertools.chain(*map(_rollout_files, paths)):
+        found = []
+        for number, line in read_jsonl(path):
+            where = f"{path}, line {number}"
+            row, completions = read_rollout(line, completion, where)
             ids = [[*row.ids, *c.ids] for c in completions]
             longest, largest = max(map(len, ids)), max(map(max, ids))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArgumentError(None, f"{path}, line {number}: not a saved rollout ({error})") from error
-        if largest >= vocab:
-            raise ArgumentError(None, f"{path}, line {number}: id {largest} is not --model's tokenizer's")
-        if longest > max_tokens:
-            limits = f"--max-prompt-tokens + --max-new-tokens = {max_tokens}"
-            raise ArgumentError(None, f"{path}, line {number}: {longest} tokens are more than {limits}")
-        groups.append((row, completions))
-    if not groups:
-        raise ArgumentError(None, f"{path}: no rollouts in it")
+            if largest >= vocab:
+                raise ArgumentError(None, f"{where}: id {largest} is not --model's tokenizer's")
+            if longest > max_tokens:
+                limits = f"--max-prompt-tokens + --max-new-tokens = {max_tokens}"
+                raise ArgumentError(None, f"{where}: {longest} tokens are more than {limits}")
+            text = tokenizer.decode(completions[0].ids, skip_special_tokens=True)
+            if text != completions[0].text:
+                texts = f"its ids are {text[:40]!r} there, its text is {completions[0].text[:40]!r}"
+                raise ArgumentError(None, f"{where}: sampled with another tokenizer than --model's ({texts})")
+            found.append((row, [replace(c, version=0) for c in completions]))
+        if not found:
+            raise ArgumentError(None, f"{path}: no rollouts in it")
+        scored = [(row, completions) for row, completions in found if row.reward is not None]
+        if all(c.reward is None for _, completions in scored for c in completions):
+            ways = "evaluate again, with a `reward` in the rows or with --reward-model or --judge-url"
+            raise ArgumentError(None, f"{path}: no completion in it has a reward: {ways}")
+        groups += scored
     return groups
+
+
+def _rollout_files(path: Path) -> list[Path]:
+    """A file as it is; of a directory, the .jsonl files directly in it whose first line is a rollout."""
+    if not path.is_dir():
+        return [path]
+    firsts = [(file, next(read_jsonl(file), (0, None))[1]) for file in sorted(path.glob("*.jsonl"))]
+    files = [file for file, line in firsts if isinstance(line, dict) and "completions" in line]
+    if not files:
+        raise ArgumentError(None, f"{path}: no .jsonl file with rollouts in this directory")
+    return files
 
 
 def _row_complaint(row) -> str | None:

@@ -9,7 +9,8 @@ and Arena-Hard read, and a reward model or a judge scores them all.
 
 Problems are answered in chunks that depend on the settings alone, each with a seed of its own, and a chunk is
 on disk before the next begins: the same command, on any number of ranks, goes on with an interrupted
-evaluation and ends with the answers that it would have had.
+evaluation and ends with the answers that it would have had. completions.jsonl holds them as rollouts, a line
+a problem, on which --rollouts can train.
 """
 
 import argparse
@@ -17,10 +18,11 @@ import json
 import math
 import os
 import random
+import shutil
 import statistics
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,37 +141,38 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def summary(answers: list[dict], ks: list[int], verifiable=True) -> dict:
-    """What is known from all answers of one source; None where there is too little to tell.
+def summary(groups: list[tuple], ks: list[int], verifiable=True) -> dict:
+    """What is known from all (row, completions) groups of one source; None where there is too little to tell.
 
     mean is that over problems of the mean reward of a problem's scored answers. Two ways in which
     another evaluation would differ: se_samples, the standard error over the N drawings of all problems
     (sd_samples, the standard deviation of one drawing, is what the paper's tables seem to print behind the
     +-), and se_problems, that over problems, as if other problems had been drawn.
     """
-    problems, drawings = defaultdict(list), defaultdict(list)
-    for answer in answers:
-        if answer["reward"] is not None:
-            problems[answer["problem"]].append(answer["reward"])
-            drawings[answer["sample"]].append(answer["reward"])
-    means = [statistics.fmean(rewards) for rewards in problems.values()]
-    sd = statistics.stdev(map(statistics.fmean, drawings.values())) if len(drawings) > 1 else None
+    answers = [completions for _, completions in groups]
+    flat = [c for completions in answers for c in completions]
+    problems, drawings = (
+        [rewards for part in parts if (rewards := [c.reward for c in part if c.reward is not None])]
+        for parts in (answers, zip(*answers, strict=True))
+    )
+    means = [statistics.fmean(rewards) for rewards in problems]
+    sd = statistics.stdev(map(statistics.fmean, drawings)) if len(drawings) > 1 else None
     found = {
-        "problems": len({answer["problem"] for answer in answers}),
-        "samples": 1 + max(answer["sample"] for answer in answers),
+        "problems": len(groups),
+        "samples": len(answers[0]),
         "mean": statistics.fmean(means) if means else None,
         "sd_samples": sd,
         "se_samples": None if sd is None else sd / math.sqrt(len(drawings)),
         "se_problems": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
     }
     for k in ks:
-        scored = [(len(rewards), sum(r == 1 for r in rewards)) for rewards in problems.values()]
+        scored = [(len(rewards), sum(r == 1 for r in rewards)) for rewards in problems]
         enough = [pass_at_k(n, right, k) for n, right in scored if n >= k]
         found[f"pass@{k}"] = statistics.fmean(enough) if enough and verifiable else None
     return found | {
-        "length": statistics.fmean(answer["tokens"] for answer in answers),
-        "truncated": statistics.fmean(answer["finish"] == "length" for answer in answers),
-        "failed": sum(map(is_failed, answers)),
+        "length": statistics.fmean(len(c.ids) for c in flat),
+        "truncated": statistics.fmean(c.finish == "length" for c in flat),
+        "failed": sum(map(failed, groups)),
     }
 
 
@@ -222,36 +225,27 @@ def check_settings(out: Path, found: dict, wanted: dict):
             )
 
 
-def is_failed(answer: dict) -> bool:
-    return answer["kind"] is not None and answer["reward"] is None
+def failed(group: tuple) -> int:
+    """How many completions of a group could not be scored."""
+    row, completions = group
+    return sum(c.reward is None for c in completions) if row.reward is not None else 0
 
 
-def read_answers(out: Path, sizes: list[int], failed=True) -> dict[int, list[dict]]:
-    """The answers of each chunk that is there whole; a line that an interruption cut off does not count.
-
-    failed: whether chunks count in which an answer could not be scored.
+def read_groups(out: Path) -> dict[tuple, tuple]:
+    """All (row, completions) groups that are there, in order, by chunk, source and number in the source. What
+    is in completions/, where an evaluation writes until its end, replaces what it could not score before.
     """
-    chunks = defaultdict(dict)  # by problem and sample: a kill can leave a chunk in two files
-    for file in [out / "completions.jsonl", *out.glob("completions.rank*.jsonl")]:
-        for line in file.read_bytes().splitlines() if file.exists() else []:
-            try:
-                answer = json.loads(line)
-                chunks[answer["chunk"]][answer["problem"], answer["sample"]] = answer
-            except (ValueError, KeyError, TypeError):
-                continue
-    whole = {
-        c: answers for c, answers in sorted(chunks.items())
-        if len(answers) == sizes[c] and (failed or not any(map(is_failed, answers.values())))
-    }  # fmt: skip
-    return {c: [answers[key] for key in sorted(answers)] for c, answers in whole.items()}
+    found = {}
+    for file in [out / "completions.jsonl", *(out / "completions").glob("*.jsonl")]:
+        for number, line in data.read_jsonl(file) if file.exists() else []:
+            group = data.read_rollout(line, samplers.Completion, f"{file}, line {number}")
+            found[line["chunk"], line["data"], line["problem"]] = group
+    return dict(sorted(found.items()))
 
 
-def write_answers(out: Path, chunks: dict[int, list[dict]]):
-    """All of them into one file, in order; then the ranks' own files can go."""
-    lines = (json.dumps(answer) + "\n" for answers in chunks.values() for answer in answers)
-    runs.write_whole(out / "completions.jsonl", "".join(lines))
-    for file in out.glob("completions.rank*.jsonl"):
-        file.unlink()
+def write_groups(path: Path, groups: dict[tuple, tuple]):
+    lines = (data.rollout_line(*groups[c, d, i], chunk=c, data=d, problem=i) for c, d, i in groups)
+    runs.write_whole(path, "".join(lines))
 
 
 def write_chats(out: Path, name: str, chats: list[tuple]):
@@ -317,12 +311,14 @@ def main(argv=None):
     sampler = samplers.load_sampler(args.sampler, model, *engine, args.trust_remote_code)
 
     # 4 what an interrupted evaluation has left
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+    done = set()
+    if rank == 0:  # a chunk with an answer that a judge did not score is done again
+        scored = Counter(c for (c, *_), group in read_groups(out).items() if not failed(group))
+        done = {c for c, (_, part, _) in enumerate(chunks) if scored[c] == len(part)}
+        (out / "completions").mkdir(parents=True, exist_ok=True)
         facts = {"settings": wanted, "ranks": world, **runs.provenance()}
         runs.write_whole(out / "args.json", json.dumps(facts, indent=1, default=str) + "\n")
-        write_answers(out, read_answers(out, sizes, failed=False))  # a judge that was down is asked again
-    done = policies.gather([set(read_answers(out, sizes)) if rank == 0 else None])[0]
+    done = policies.gather([done])[0]
     todo = [c for c in range(len(chunks)) if c not in done]
     if rank == 0 and done:
         print(f"{sum(sizes[c] for c in done)} of {sum(sizes)} answers are there already", flush=True)
@@ -334,39 +330,26 @@ def main(argv=None):
         source, part, n = chunks[c]
         seed = random.Random(f"{args.seed} evaluate {c}").getrandbits(63)
         sampling = (n, args.max_new_tokens, args.temperature, seed, args.top_p)
-        groups = list(
-            zip(
-                (row for _, row in part),
-                sampler.generate([row.ids for _, row in part], *sampling),
-                strict=True,
-            )
-        )
-        scorer.score(groups)
-        lines = [
-            {"chunk": c, "data": args.data[source], "problem": i, "sample": k, "prompt": row.prompt,
-             "answer": row.answer, "kind": row.reward, "text": completion.text,
-             "tokens": len(completion.ids), "finish": completion.finish, "reward": completion.reward}
-            for (i, _), (row, completions) in zip(part, groups, strict=True)
-            for k, completion in enumerate(completions)
-        ]  # fmt: skip
-        runs.append(out / f"completions.rank{rank}.jsonl", lines)
+        answers = sampler.generate([row.ids for _, row in part], *sampling)
+        groups = {(c, args.data[source], i): (row, a) for (i, row), a in zip(part, answers, strict=True)}
+        scorer.score([*groups.values()])
+        write_groups(out / "completions" / f"{c}.jsonl", groups)
         bar.update(sizes[c])
     bar.close()
     policies.gather([rank])  # all of them are on disk
 
     # 6 results
     if rank == 0:
-        answers = read_answers(out, sizes)
-        write_answers(out, answers)
-        by_source, chats = defaultdict(list), []
-        for c, (source, part, _) in enumerate(chunks):
-            measure = measure_of(part[0][1].reward)
-            by_source[args.data[source], measure] += answers[c]
-            first = {answer["problem"]: answer["text"] for answer in answers[c] if answer["sample"] == 0}
-            chats += [(row, first[i]) for i, row in part if measure != "accuracy"]
+        groups = read_groups(out)
+        write_groups(out / "completions.jsonl", groups)
+        shutil.rmtree(out / "completions")
+        by_source = defaultdict(list)
+        for (_, source, _), (row, completions) in groups.items():
+            by_source[source, measure_of(row.reward)].append((row, completions))
+        chats = [(row, a[0].text) for row, a in groups.values() if measure_of(row.reward) != "accuracy"]
         results = [
-            {"data": source, "measure": measure, **summary(answers, args.pass_k, measure == "accuracy")}
-            for (source, measure), answers in by_source.items()
+            {"data": source, "measure": measure, **summary(part, args.pass_k, measure == "accuracy")}
+            for (source, measure), part in by_source.items()
         ]
         facts |= {"name": name, "dropped": dropped, "results": results}
         runs.write_whole(out / "results.json", json.dumps(facts, indent=1, default=str) + "\n")

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 import data
 import rewards
+from sampler import Completion
 
 TOY = str(ROOT / "toy" / "train.jsonl")
 
@@ -217,3 +218,122 @@ def test_sources_mix_within_an_epoch_by_their_sizes():
     prompts = data.Prompts([numbers(300), numbers(100, 1000)], None, seed=0)
     small = [int(row.answer) >= 1000 for row in prompts.take(0, 400)]
     assert sum(small) == 100 and 30 < sum(small[:200]) < 70
+
+
+def completion(ids=(10, 3), text="6", reward: float | None = 1.0, **more):
+    """By default the toy's "6" and its end token."""
+    fields = {"ids": [*ids], "logps": [-0.5] * len(ids), "text": text, "finish": "stop", "version": 7}
+    return fields | {"reward": reward} | more
+
+
+def rollout(*completions, **more):
+    row = {"prompt": "1+5=", "ids": [1, 5, 9], "reward": "exact", "answer": "6", "uid": None, "where": "a 1"}
+    return row | {"completions": [*completions]} | more
+
+
+def load_rollouts(tokenizer, *paths):
+    return data.load_rollouts([*paths], tokenizer, Completion, 64, 32)
+
+
+def test_what_is_written_is_what_is_read():
+    row = data.Row([{"role": "user", "content": "\u00e9"}], [1, 2], "exact", "7", "u1", "rows.jsonl line 3")
+    completions = [Completion([5, 3], [-0.1, -1 / 3], "x", "stop", 4, 0.25)]
+    completions += [Completion([9], [-2.0], "y", "length", 4)]
+    line = data.rollout_line(row, completions, step=12)
+    assert line.endswith("\n") and line.count("\n") == 1
+    assert [*json.loads(line)][:2] == ["step", "prompt"] and [*json.loads(line)][-1] == "completions"
+    assert json.loads(line)["completions"][0]["logps"] == [-0.1, -1 / 3]
+    again, answers = data.read_rollout(json.loads(line), Completion, "here")
+    assert vars(again) == vars(row) and answers == completions
+    bare = rollout(completion())
+    del bare["uid"], bare["where"]
+    assert data.read_rollout(bare, Completion, "here")[0].where == "here"
+
+
+def test_rollouts_come_from_files_and_directories(tokenizer, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "deeper").mkdir(parents=True)
+    scored = rollout(completion(), completion((11, 3), "7", 0.0))
+    open_ended = rollout(completion(reward=None), reward=None)  # nothing scores it: left out
+    write(folder / "b.jsonl", [scored | {"prompt": "b1"}, open_ended, scored | {"prompt": "b2"}])
+    write(folder / "a.jsonl", [scored | {"prompt": "a1", "step": 3, "uid": "u"}])
+    write(folder / "metrics.jsonl", [{"step": 0, "loss": 1.0}])
+    write(folder / "list.jsonl", [[1, 2]])
+    write(folder / "empty.jsonl", [])
+    write(folder / "deeper" / "c.jsonl", [scored])
+    (folder / "a.jsonl.partial").write_text("{")
+    write(tmp_path / "single.jsonl", [scored | {"prompt": "s1"}])
+    groups = load_rollouts(tokenizer, tmp_path / "single.jsonl", folder)
+    assert [row.prompt for row, _ in groups] == ["s1", "a1", "b1", "b2"]
+    assert groups[1][0].uid == "u" and groups[1][0].where == "a 1"
+    wanted = [("6", 10, 1.0), ("7", 11, 0.0)]
+    wanted = [Completion([i, 3], [-0.5, -0.5], text, "stop", 0, reward) for text, i, reward in wanted]
+    assert all(completions == wanted for _, completions in groups)
+
+
+BAD_ROLLOUTS = [
+    ({"prompt": "1+2=", "reward": "exact", "answer": "3"}, "not a saved rollout (no 'ids')"),
+    ([1, 2], "not a saved rollout (list indices"),
+    (rollout(), "not a saved rollout (no completions)"),
+    (rollout(completion(), completion(())), "(`ids` are token ids, not [])"),
+    (rollout(completion((10, "3"))), '(`ids` are token ids, not [10, "3"])'),
+    (rollout(completion((10, 3.0))), "(`ids` are token ids, not [10, 3.0])"),
+    (rollout(completion((10, -3))), "(`ids` are token ids, not [10, -3])"),
+    (rollout(completion(), ids=[True]), "(`ids` are token ids, not [true])"),
+    (rollout(completion(), ids="10"), '(`ids` are token ids, not "10")'),
+    (rollout(completion(), ids=5), "not a saved rollout ('int' object"),
+    (rollout(completion(logps=[-0.5])), "(`logps` has a number for each of the 2 ids, not [-0.5])"),
+    (rollout(completion(logps=[-1, None])), "(`logps` has a number for each of the 2 ids, not [-1, null])"),
+    (rollout(completion(logps=None)), "not a saved rollout (object of type 'NoneType'"),
+    (rollout(completion(reward="1")), 'of a completion are a text and a number, not ["6", "1"])'),
+    (rollout(completion(text=None)), "of a completion are a text and a number, not [null, 1.0])"),
+    (rollout(completion(score=1)), "not a saved rollout (Completion.__init__() got"),
+    (rollout(5), "not a saved rollout ("),
+    (rollout(completion(), completion((64, 3))), "id 64 is not --model's tokenizer's"),
+    (rollout(completion(), ids=[1, 99]), "id 99 is not --model's tokenizer's"),
+    (rollout(completion([10] * 30)), "33 tokens are more than --max-prompt-tokens + --max-new-tokens = 32"),
+    (rollout(completion(text="7")), "sampled with another tokenizer than --model's (its ids are '6' there"),
+]
+
+
+@pytest.mark.parametrize(("line", "complaint"), BAD_ROLLOUTS)
+def test_what_is_no_rollout_is_refused_with_file_and_line(line, complaint, tokenizer, tmp_path):
+    write(tmp_path / "a.jsonl", [rollout(completion()), line])
+    with pytest.raises(ArgumentError) as error:
+        load_rollouts(tokenizer, tmp_path / "a.jsonl")
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path}/a.jsonl, line 2: ") and complaint in said and "\n" not in said
+
+
+def test_another_tokenizer_with_the_same_ids_is_noticed(tokenizer, tmp_path):
+    """Its vocabulary is no larger, so that no id gives it away."""
+    other = AutoTokenizer.from_pretrained(ROOT / "toy" / "model")
+    spec = json.loads(other.backend_tokenizer.to_str())
+    vocab = spec["model"]["vocab"]
+    vocab["6"], vocab["7"] = vocab["7"], vocab["6"]
+    other._tokenizer = type(other.backend_tokenizer).from_str(json.dumps(spec))
+    write(tmp_path / "a.jsonl", [rollout(completion())])
+    assert len(load_rollouts(tokenizer, tmp_path / "a.jsonl")) == 1
+    with pytest.raises(ArgumentError, match=r"a.jsonl, line 1: sampled with another tokenizer than"):
+        load_rollouts(other, tmp_path / "a.jsonl")
+
+
+def test_files_and_directories_without_rollouts_or_rewards_are_refused(tokenizer, tmp_path):
+    unscored = [rollout(completion(reward=None), reward=reward) for reward in (None, "judge")]
+    write(tmp_path / "good.jsonl", [rollout(completion())])
+    write(tmp_path / "unscored.jsonl", unscored)
+    write(tmp_path / "empty.jsonl", [])
+    (tmp_path / "broken.jsonl").write_text('{"completions": [')
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "metrics.jsonl", [{"step": 0}])
+    for name, complaint in {
+        "unscored.jsonl": ": no completion in it has a reward: evaluate again, with",
+        "empty.jsonl": ": no rollouts in it",
+        "broken.jsonl": ", line 1: not JSON",
+        "missing.jsonl": ": no such file",
+        "run": ": no .jsonl file with rollouts in this directory",
+        ".": "/broken.jsonl, line 1: not JSON",
+    }.items():
+        with pytest.raises(ArgumentError) as error:
+            load_rollouts(tokenizer, tmp_path / "good.jsonl", tmp_path / name)
+        assert str(error.value).startswith(f"{tmp_path / name}{complaint}")

@@ -3,21 +3,25 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from argparse import ArgumentError
 
 import pandas
 import pytest
 import torch
 from conftest import ROOT, TOY
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
+import data
 import evaluate
 import policy as policies
 import rewards
+import sampler as samplers
 
 COMMON = ["--temperature", "1", "--top-p", "1", "--samples", "6", "--chunk", "60", "--sampler", "hf"]
 
@@ -51,23 +55,15 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, right):
         assert evaluate.pass_at_k(n, right, k) == pytest.approx(wanted)
 
 
-def answer(problem, sample, reward, tokens=3, finish="stop"):
-    kind = "exact"
-    return {
-        "problem": problem,
-        "sample": sample,
-        "reward": reward,
-        "tokens": tokens,
-        "finish": finish,
-        "kind": kind,
-    }
+def group(*rewards, reward="exact"):
+    completions = [samplers.Completion([1, 2, 3], [-1.0] * 3, "", "stop", 0, r) for r in rewards]
+    return data.Row("1+2=", [1], reward, "3"), completions
 
 
 def test_summary_by_hand():
-    rewards = [[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, None]]
-    answers = [answer(i, k, r) for i, row in enumerate(rewards) for k, r in enumerate(row)]
-    answers[0] |= {"tokens": 15, "finish": "length"}
-    found = evaluate.summary(answers, [2, 4])
+    groups = [group(1, 1, 0, 0), group(0, 0, 0, 0), group(1, 1, 1, None)]
+    groups[0][1][0].ids, groups[0][1][0].finish = [1] * 15, "length"
+    found = evaluate.summary(groups, [2, 4])
     assert (found["problems"], found["samples"], found["failed"]) == (3, 4, 1)
     assert found["mean"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert found["se_problems"] == pytest.approx(0.5 / 3**0.5)  # of 0.5, 0 and 1: sd 0.5
@@ -80,8 +76,15 @@ def test_summary_by_hand():
 
 
 def test_one_answer_or_one_problem_leave_error_bars_open():
-    found = evaluate.summary([answer(0, 0, 1.0)], [])
+    found = evaluate.summary([group(1.0)], [])
     assert found["mean"] == 1 and found["se_samples"] is None and found["se_problems"] is None
+
+
+def test_answers_that_nothing_scores_leave_the_mean_open_and_are_no_failures():
+    found = evaluate.summary([group(None, None, reward=None)] * 2, [1])
+    assert found["mean"] is None and found["pass@1"] is None and found["failed"] == 0
+    assert (found["problems"], found["samples"], found["length"]) == (2, 2, 3)
+    assert evaluate.summary([group(None, None)], [])["failed"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +94,14 @@ def whole(torchrun, tmp):
 
 
 def test_the_files_agree_with_each_other_and_with_the_model(whole):
-    answers, facts = read(whole / "completions.jsonl"), json.loads((whole / "results.json").read_text())
-    assert len(answers) == 600 and [a["problem"] for a in answers] == [
-        i for i in range(100) for _ in range(6)
-    ]
-    assert all(a["reward"] == float(a["text"].strip() == a["answer"]) for a in answers)
+    lines, facts = read(whole / "completions.jsonl"), json.loads((whole / "results.json").read_text())
+    assert [line["problem"] for line in lines] == [*range(100)]
+    assert {len(line["completions"]) for line in lines} == {6}
+    answers = [(line["answer"], c) for line in lines for c in line["completions"]]
+    assert all(c["reward"] == float(c["text"].strip() == answer) for answer, c in answers)
     [result] = facts["results"]
-    assert result["mean"] == pytest.approx(statistics.fmean(a["reward"] for a in answers))
+    assert result["mean"] == pytest.approx(statistics.fmean(c["reward"] for _, c in answers))
+    assert result["length"] == pytest.approx(statistics.fmean(len(c["ids"]) for _, c in answers))
     assert abs(result["mean"] - 0.222) < 4 * result["se_problems"]  # what toy/make.py measured
     assert sorted(f.name for f in whole.iterdir()) == ["args.json", "completions.jsonl", "results.json"]
 
@@ -110,23 +114,71 @@ def test_ranks_do_not_change_the_answers(whole, torchrun, tmp):
 def test_a_killed_evaluation_goes_on_to_the_same_answers(whole, tmp):
     out = tmp / "killed"
     command = [sys.executable, ROOT / "evaluate.py", "--data", tmp / "valid.jsonl", "--out", out, *COMMON]
-    part = out / "completions.rank0.jsonl"
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (part.exists() and part.stat().st_size) and first.poll() is None:
+    while not [*out.glob("completions/*.jsonl")] and first.poll() is None:
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not (out / "results.json").exists()
-    with open(part, "a") as file:
-        file.write('{"chunk": 9, "data"')  # a line that the kill cut off
-    (out / "completions.jsonl").write_bytes(
-        part.read_bytes()
-    )  # and one between two writes: a chunk is there twice
+    assert not (out / "completions.jsonl").exists()
+    (out / "completions" / "9.jsonl").unlink(missing_ok=True)
+    (out / "completions" / "9.jsonl.partial").write_text('{"chunk": 9, "data"')  # what the kill cut off
+    [part, *_] = out.glob("completions/*.jsonl")  # and another kill, at the end: a chunk is there twice
+    (out / "completions.jsonl").write_bytes(part.read_bytes())
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "answers are there already" in done.stdout
     assert (out / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    assert sorted(f.name for f in out.iterdir()) == ["args.json", "completions.jsonl", "results.json"]
     results = [json.loads((x / "results.json").read_text())["results"] for x in (out, whole)]
     assert results[0] == results[1]
+
+
+def test_a_chunk_with_an_answer_that_was_not_scored_is_done_again(whole, tmp, keep_group, capsys):
+    out, wanted = tmp / "again", (whole / "completions.jsonl").read_bytes()
+    shutil.copytree(whole, out)
+    lines = read(out / "completions.jsonl")
+    for completion in lines[15]["completions"]:  # 10 problems a chunk
+        completion |= {"text": "lost"}
+    lines[15]["completions"][2]["reward"] = None
+    (out / "completions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate.main(["--data", str(tmp / "valid.jsonl"), "--out", str(out), *COMMON])
+    assert "540 of 600 answers are there already" in capsys.readouterr().out
+    assert (out / "completions.jsonl").read_bytes() == wanted
+
+
+def test_answers_in_another_form_are_refused_and_kept(whole, tmp, keep_group):
+    out = tmp / "other"
+    shutil.copytree(whole, out)
+    (out / "completions.jsonl").write_text('{"chunk": 0, "problem": 0, "sample": 0, "text": "3"}\n')
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    with pytest.raises(ArgumentError, match=r"completions.jsonl, line 1: not a saved rollout"):
+        evaluate.main(["--data", str(tmp / "valid.jsonl"), "--out", str(out), *COMMON])
+    assert before == {f.name: f.read_bytes() for f in out.iterdir()}
+
+
+def test_an_evaluation_is_an_offline_set(tmp, tokenizer, keep_group):
+    """Groups with the ids, log-probs and rewards that the plain model and plain arithmetic give."""
+    out = tmp / "set"
+    flags = ["--data", tmp / "valid.jsonl", tmp / "chats.jsonl", "--samples", "4", "--chunk", "90"]
+    flags += ["--temperature", "0.7", "--top-p", "1", "--sampler", "hf", "--out", out]
+    evaluate.main([*map(str, flags)])
+    groups = data.load_rollouts([out], tokenizer, samplers.Completion, 64, 32)
+    valid = read(tmp / "valid.jsonl") + [{"prompt": "1+1=", "answer": "2"}]  # nothing scores the other chats
+    assert [row.prompt for row, _ in groups] == [line["prompt"] for line in valid]
+    lm = AutoModelForCausalLM.from_pretrained(TOY)
+    for (row, completions), line in zip(groups, valid, strict=True):
+        assert tokenizer.decode(row.ids) == f"<|user|>{line['prompt']}<|assistant|>"
+        assert (row.answer, row.reward, len(completions)) == (line["answer"], "exact", 4)
+        for c in completions:
+            assert c.reward == float(tokenizer.decode(c.ids).removesuffix("<|end|>") == line["answer"])
+            assert (c.ids[-1] == tokenizer.eos_token_id) == (c.finish == "stop") and c.version == 0
+    for row, completions in groups[:100:9]:
+        for c in completions:
+            logits = lm(torch.tensor([row.ids + c.ids])).logits[0, len(row.ids) - 1 : -1] / 0.7
+            logps = logits.log_softmax(-1)[range(len(c.ids)), c.ids]
+            assert c.logps == pytest.approx(logps.tolist(), abs=1e-4)
+    mean = statistics.fmean(c.reward for _, completions in groups for c in completions)
+    assert 0.2 < mean < 0.5 and len({c.text for _, completions in groups for c in completions}) > 50
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +221,9 @@ def test_chats_become_files_for_alpaca_eval_and_arena_hard(reward_model, tmp, ke
     assert list(alpaca.columns) == ["instruction", "output", "generator"]
     assert list(alpaca["instruction"]) == ["5+5="] and set(alpaca["generator"]) == {"ours"}
     arena = {line["uid"]: line for line in read(out / "arena_hard" / "ours.jsonl")}
-    answers = [line for line in read(out / "completions.jsonl") if line["kind"] == "rm"]
-    texts = [line["text"] for line in answers]
+    answers = [line["completions"] for line in read(out / "completions.jsonl") if line["reward"] == "rm"]
+    answers = [completion for [completion] in answers]
+    texts = [completion["text"] for completion in answers]
     assert texts[2:] == list(alpaca["output"]) and arena.keys() == {"a1", "b2"}
     for uid, text in zip(["a1", "b2"], texts, strict=False):
         assert arena[uid]["messages"][-1] == {"role": "assistant", "content": {"answer": text}}
@@ -190,9 +243,10 @@ def test_greedy_is_one_answer_and_always_the_same(tmp, keep_group):
         flags = ["--data", tmp / "valid.jsonl", "--greedy", "--sampler", "hf", "--out", tmp / name]
         evaluate.main([*map(str, flags), *seed])
     one, two = (
-        [a["text"] for a in read(tmp / name / "completions.jsonl")] for name in ("greedy1", "greedy2")
+        [line["completions"] for line in read(tmp / name / "completions.jsonl")]
+        for name in ("greedy1", "greedy2")
     )
-    assert len(one) == 100 and one == two
+    assert [len(completions) for completions in one] == [1] * 100 and one == two
 
 
 def test_a_run_directory_a_model_directory_and_a_hub_name_are_all_models(tmp_path):
