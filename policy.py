@@ -12,7 +12,7 @@ import os
 import shutil
 from argparse import ArgumentError
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +22,7 @@ import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -80,13 +81,50 @@ def stop():
         dist.destroy_process_group()
 
 
-def gather(items: list) -> list:
-    """The items of all ranks on every rank, in the order from which `[rank::world]` dealt them out."""
+def gather(items: list, to: int | None = None) -> list:
+    """The items of all ranks, in the order from which `[rank::world]` dealt them out, on every rank or on
+    rank `to` alone.
+    """
     if dist.get_world_size() == 1:
         return list(items)
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
+    if to is None:
+        dist.all_gather_object(parts, items)
+    else:
+        dist.gather_object(items, parts if dist.get_rank() == to else None, dst=to)
+    return interleave(parts) if parts[0] is not None else []
+
+
+def interleave(parts: list[list]) -> list:
+    """Puts together what `[rank::world]` dealt out."""
     return [item for deal in itertools.zip_longest(*parts) for item in deal if item is not None]
+
+
+class Fault(Exception):
+    """An error on one rank, told to all."""
+
+
+def everywhere(work: Callable) -> list:
+    """Runs `work` on every rank and returns the results of all; Fault on every rank where one of them fails,
+    so that none waits for another that has left.
+    """
+    result, reason = None, None
+    try:
+        result = work()
+    except (OSError, ValueError, CheckpointException) as error:
+        reason = f"rank {dist.get_rank()}: {error_line(error)}"
+    outcomes = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, reason))
+    for _, reason in outcomes:
+        if reason:
+            raise Fault(reason)
+    return [result for result, _ in outcomes]
+
+
+def error_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # it holds the ranks' own errors
+        error = next(iter(error.failures.values()))[0]
+    return getattr(error, "strerror", None) or _first_line(error)
 
 
 def sum_over_ranks(sums: Counter) -> Counter:
@@ -316,28 +354,23 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def snapshot(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """A copy of this rank's shards in host memory, in `dtype`: enough to bring these weights back."""
-        return [local(p.detach()).to("cpu", dtype, copy=True) for p in self.lm.parameters()]
-
     @torch.no_grad()
-    def restore(self, shards: list[torch.Tensor]):
-        """Takes over a snapshot of the same model on the same ranks; this is how the reference follows."""
-        for p, shard in zip(self.lm.parameters(), shards, strict=True):
-            local(p).copy_(shard)
+    def follow(self, policy: "Policy"):
+        """Takes over the weights of a policy of the same model on the same ranks, in its own dtype: the
+        reference follows the sampler in this way.
+        """
+        for mine, theirs in zip(self.lm.parameters(), policy.lm.parameters(), strict=True):
+            local(mine).copy_(local(theirs))
 
-    def full_weights(
-        self, dtype: torch.dtype, shards: list | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor) of each parameter, one at a time: no rank holds two full copies.
 
-        Collective, within the ranks that shard it: each must exhaust it. `shards` walks a snapshot instead of
-        the weights of now. The cast comes before the gathering, to halve what is sent. Tied matrices come
-        once, by their first name. A tensor may be the parameter itself: read it before the next update.
+        Collective, within the ranks that shard it: each must exhaust it. The cast comes before the gathering,
+        to halve what is sent. Tied matrices come once, by their first name. A tensor may be the parameter
+        itself: read it before the next update.
         """
-        for i, (name, p) in enumerate(self.lm.named_parameters()):
-            part = local(p.detach()) if shards is None else shards[i].to(p.device)
-            part = part.to(dtype)
+        for name, p in self.lm.named_parameters():
+            part = local(p.detach()).to(dtype)
             if isinstance(p, DTensor):
                 like = {"shape": p.shape, "stride": p.stride()}
                 part = DTensor.from_local(part, p.device_mesh, p.placements, **like).full_tensor()

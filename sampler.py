@@ -1,11 +1,12 @@
 """The model that answers: vLLM in this process, its weights replaced in place, and the test that they were.
 
 One engine per rank, on the rank's own device. Every vLLM call of the project is in this file: `LLM`,
-`generate`, `collective_rpc("reload_weights")`, `apply_model`, `reset_prefix_cache`, `sleep` and `wake_up`,
-all public in vLLM 0.32. `HFSampler` is the same interface on transformers, for machines without vLLM and as
-the oracle of the tests.
+`generate`, `collective_rpc("reload_weights")`, `apply_model`, `reset_prefix_cache`, `sleep`, `wake_up` and
+the engine core's `shutdown`, all public in vLLM 0.32. `HFSampler` is the same interface on transformers, for
+machines without vLLM and as the oracle of the tests.
 """
 
+import atexit
 import gc
 import importlib.util
 import math
@@ -72,13 +73,9 @@ class VLLMSampler:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
         padded = config.get_text_config().vocab_size > vocab
 
-        self.SamplingParams, self.tokenizer, self.stop_ids, self.dtype = (
-            SamplingParams,
-            tokenizer,
-            stop_ids,
-            dtype,
-        )
-        self.version, self.asleep, self.can_sleep = 0, 0, sleep and device.type == "cuda"
+        self.SamplingParams, self.tokenizer = SamplingParams, tokenizer
+        self.stop_ids, self.dtype = stop_ids, dtype
+        self.version, self.asleep, self.can_sleep = 0, False, sleep and device.type == "cuda"
         gc.collect()
         gc.freeze()  # what is loaded by now stays: the collections that vLLM asks for need not go through it
         self.llm = LLM(
@@ -100,6 +97,14 @@ class VLLMSampler:
             # one engine per rank inside torchrun's processes
             distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
         )
+        atexit.register(self.close)  # whatever ends the process
+
+    @property
+    def capacity(self) -> str:
+        """How much vLLM can work on at one time: more has to wait, or is computed again."""
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        sequences = f"{cache.kv_cache_max_concurrency:,.0f} sequences of full length at one time"
+        return f"keys and values of {cache.kv_cache_size_tokens:,} tokens, {sequences} on each rank"
 
     def generate(
         self,
@@ -115,9 +120,7 @@ class VLLMSampler:
         """
         if not prompts:
             return []
-        if self.asleep:
-            self.llm.wake_up()
-            self.asleep = 0
+        _check_awake(self)
         self._forget()
         # logprobs=0: of the sampled token only; flat: no object for each token
         params = self.SamplingParams(
@@ -147,7 +150,7 @@ class VLLMSampler:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _note_spots(weights, spots)})
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
-            self.asleep = 0
+            self.asleep = False
         self._forget()
         self.llm.apply_model(_pack_tied_head)
         [complaint] = self.llm.apply_model(lambda model: _complaint(model, spots))
@@ -161,19 +164,32 @@ class VLLMSampler:
                 "vLLM keeps keys and values of its old weights: it could not reset its prefix cache"
             )
 
-    def close(self):
-        """Ends the engine. vLLM takes torch's process groups down with it, so this comes last."""
-        self.llm = None
-        gc.collect()  # its shutdown hangs on its last reference, and there are cycles
-
-    def sleep(self, level: int):
-        """Frees the GPU for training: 1 keeps the weights in host memory, 2 drops them (version is then
-        None).
+    def sleep(self):
+        """Until the next reload nobody asks it: its weights and keys and values are dropped, and the GPU is
+        free.
         """
         if self.can_sleep and not self.asleep:
-            self.llm.sleep(level)
-            self.asleep = level
-            self.version = None if level == 2 else self.version
+            self.llm.sleep(level=2)
+            self.asleep = True
+        self.version = None
+
+    def close(self):
+        """Ends the engine; again is no harm. vLLM takes torch's process groups down with it, so this comes
+        last.
+        """
+        if self.llm is None:
+            return
+        if self.asleep:  # memory that sleeps cannot be freed: CUDA complains of each segment
+            self.llm.wake_up()
+        self.llm.llm_engine.engine_core.shutdown()  # not left to its last reference: there are cycles
+        self.llm = None
+        atexit.unregister(self.close)
+        gc.collect()
+
+
+def _check_awake(sampler):
+    if sampler.version is None:
+        raise SyncError("the sampler sleeps and holds nobody's weights: reload it before it is asked")
 
 
 def _ban_ids_from(vocab: int):
@@ -263,8 +279,10 @@ class HFSampler:
         self.lm.to(device).requires_grad_(False)
         self.tokenizer, self.vocab, self.stop_ids = tokenizer, vocab, stop_ids
         self.dtype, self.version = dtype, 0
+        self.capacity = f"{HF_BATCH[0]} sequences, or {HF_BATCH[1]:,} tokens, at one time on each rank"
 
     def generate(self, prompts, n, max_new_tokens, temperature, seed, top_p=1.0) -> list[list[Completion]]:
+        _check_awake(self)
         torch.manual_seed(seed)
         sequences, tokens = HF_BATCH
         longest = max(map(len, prompts), default=0) + max_new_tokens
@@ -322,8 +340,8 @@ class HFSampler:
             raise SyncError(f"the reload at step {version} left out {', '.join(list(mine)[:3])}")
         self.version = version
 
-    def sleep(self, level):
-        pass
+    def sleep(self):
+        self.version = None
 
     def close(self):
         pass
@@ -416,27 +434,3 @@ def self_test(sampler, policy_logps: Callable, groups: list) -> dict[str, float]
             f"which is at the token {sampler.tokenizer.decode([token])!r}"
         )
     return {"sampler/logp_gap_mean": gaps.mean().item(), "sampler/logp_gap_max": gaps.max().item()}
-
-
-def same_test(sampler, before: list[Completion], prompts, max_new_tokens: int, temperature: float):
-    """For weights that are brought back when no policy holds them any more: the sampler must answer as it did
-    when it first had them (`test_answers`). Answers are compared up to the first token that differs, since
-    rounding can change one. Raises SyncError.
-    """
-    answers = test_answers(sampler, prompts, max_new_tokens, temperature)
-    for old, new in zip(before, answers, strict=True):
-        differ = [a != b for a, b in zip(old.ids, new.ids, strict=False)]
-        same = differ.index(True) if True in differ else len(differ)
-        pairs = zip(old.logps[:same], new.logps[:same], strict=True)
-        gap = max((abs(a - b) for a, b in pairs), default=math.inf)
-        if not gap <= GAP_LIMITS[sampler.dtype][1]:
-            raise SyncError(
-                f"the sampler does not hold the weights of step {sampler.version}, which were brought back: "
-                f"log-probs of its answer {new.text!r} differ by {gap:.2g} from those of that time"
-            )
-
-
-def test_answers(sampler, prompts, max_new_tokens: int, temperature: float) -> list[Completion]:
-    """What the sampler begins its answers to these prompts with, always drawn alike."""
-    groups = sampler.generate(prompts, 1, min(max_new_tokens, TEST_TOKENS), temperature, seed=0)
-    return [answer for [answer] in groups]

@@ -13,8 +13,8 @@ an interval, not a bound on the age of samples.
 
 Departures from the paper:
 - Every window has s updates; the original code's first one has s - 1.
-- A window's prompts are generated in one call (--generate-ahead). Its weights do not change, so
-  neither does the distribution.
+- A window's completions are all sampled at its sync (window.py). Its weights do not change, so neither does
+  the distribution.
 - An answer whose reward could not be had leaves its group; the original code scores it 0.
 - Advantages are divided by the group's standard deviation, so that hard and easy prompts weigh alike, as in
   the original code; --no-std-norm is the text's eq. 1.
@@ -43,6 +43,7 @@ import policy as policies
 import rewards
 import run as runs
 import sampler as samplers
+import window as windows
 
 
 def get_args(argv=None) -> argparse.Namespace:
@@ -83,11 +84,12 @@ def get_args(argv=None) -> argparse.Namespace:
     add("--max-prompt-tokens", type=count, default=1024, help="longer ones are dropped; paper: not stated")
     add("--max-new-tokens", type=count, default=2048, help="of an answer; paper (T4): 2048 maths, 1024 chat")
     add("--temperature", type=size, default=1.0, help="of sampling and of all log-probs; paper: 1.0")
-    add("--generate-ahead", type=count, default=10, help="most steps to generate in one call (memory)")
-    add("--rollouts", type=Path, help="train on this file of rollouts (needs --sync-steps inf)")
+    add("--rollouts", nargs="+", type=Path,
+        help="train on these rollouts: files or directories (needs --sync-steps inf)")
     add("--save-rollouts", type=Path, help="write every scored rollout to this new .jsonl file")
     add("--sampler", choices=["vllm", "hf"], default="vllm", help="hf: transformers, needs no vLLM")
-    add("--gpu-memory", type=size, default=0.3, help="vLLM's share of a GPU (weights and KV cache)")
+    add("--gpu-memory", type=size, default=0.6,
+        help="vLLM's share of a GPU; beside a reward model that stays there about 0.4")
     add("--sleep", action=switch, default=True, help="vLLM frees the GPU while the policy trains")
     # rewards
     rewards.add_flags(add, count, size)
@@ -141,7 +143,7 @@ def get_args(argv=None) -> argparse.Namespace:
     if args.gpu_memory >= 1:
         parser.error(f"--gpu-memory {args.gpu_memory:g}: a share of the GPU, between 0 and 1")
     if args.rollouts and args.sync_steps != math.inf:
-        parser.error(f"--rollouts {args.rollouts}: they cannot follow the policy; add --sync-steps inf")
+        parser.error(f"--rollouts {args.rollouts[0]}: they cannot follow the policy; add --sync-steps inf")
     return args
 
 
@@ -212,19 +214,16 @@ def main(argv=None):
     tokenizer, vocab = policies.load_tokenizer(args.model, length, trust)
     stop_ids = samplers.end_tokens(args.model, tokenizer, vocab, trust)
     checks = (tokenizer, vocab, rewards.complaint, args.max_prompt_tokens, args.date, rank == 0)
-    fits = (samplers.Completion, vocab, length)
     if args.rollouts:
+        fits = (tokenizer, samplers.Completion, vocab, length)
         sources, dropped = [data.load_rollouts(args.rollouts, *fits)], 0
     else:
         sources, dropped = data.load_prompts(args.data, *checks)
     prompts = data.Prompts(sources, None if args.rollouts else args.data_weights, args.seed)
     valid = sum(data.load_prompts(args.eval_data, *checks)[0], [])
     fingerprint = data.fingerprint([*sources, valid])
-    unread = []  # rollouts that an earlier run has generated and not trained on
     if checkpoint:
         checkpoint.check(fingerprint)
-        if checkpoint.rollouts:
-            unread = data.load_rollouts(checkpoint.rollouts, *fits, checkpoint.state["window_step"])
     to_score = valid if args.rollouts else sum(sources, valid)
     scorer = rewards.Scorer(to_score, args, device, dtype, talks=rank == 0)
 
@@ -245,6 +244,12 @@ def main(argv=None):
         groups = sampler.generate([row.ids for row in rows], n, args.max_new_tokens, args.temperature, seed)
         return list(zip(rows, groups, strict=True))
 
+    def sample_chunk(rows, first):
+        return sample(rows, args.samples_per_prompt, first)
+
+    def self_test(groups):
+        return samplers.self_test(sampler, policy.logps, groups)
+
     def validate(step):
         """Scores an answer to each held-out prompt, with the policy's weights of now. Returns the name of the
         score (accuracy, or reward where nothing is verifiable) and its mean.
@@ -254,7 +259,7 @@ def main(argv=None):
             sampler.reload(policy.full_weights(dtype), step)
         groups = sample(valid[rank::world], 1, "valid", step)
         if reloaded:
-            samplers.self_test(sampler, policy.logps, groups)
+            self_test(groups)
         scorer.score(groups)
         metrics = runs.validation_metrics(policies.sum_over_ranks(runs.group_sums(step, groups)))
         run.record({"step": step, **metrics})
@@ -267,27 +272,25 @@ def main(argv=None):
     # 5 optimizer, and what an earlier run has got to
     adam = {"betas": (0.9, 0.95), "eps": args.adam_eps, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, **adam)
-    now = checkpoints.Progress()
+    now, follower = checkpoints.Progress(), reference if args.sync_ref else None
     if checkpoint:
-        now = checkpoints.load(checkpoint, policy, optimizer, dtype, samplers.Completion)
-        parts = [unread[i : i + batch_size] for i in range(0, len(unread), batch_size)]
-        now.queue.extend(groups[rank::world] for groups in parts)
-        if reference and args.sync_ref and now.window:
-            reference.restore(now.window)
+        now = checkpoints.load(checkpoint, policy, optimizer, follower)
+    kind = windows.Rollouts if args.rollouts else windows.Window
+    window = kind(run.directory, args, prompts, fingerprint)
 
     # 6 the loop
     run.begin(world)
+    window.go_on(now.step, checkpoint and checkpoint.state["window"], run.say)
+    run.say(f"sampler: {sampler.capacity}")
     run.say(f"{batch_size} prompts x {args.samples_per_prompt} samples a step over {world} rank(s)")
     run.say(
         "the loss prints near 0 or goes with length, as advantages add up to 0: watch reward, kl, entropy"
     )
     run.say(f"{prompts.epoch_size} prompts, {dropped} more dropped for length; writing {run.directory}")
-    test = ([row.ids for row in valid[:16]], args.max_new_tokens, args.temperature)
     if args.eval_every and not checkpoint:
         now.first = now.last = validate(0)
-    if checkpoint or args.rollouts:
-        sampler.sleep(1)  # the policy trains first
     interrupt, stop = runs.Interrupt(), None
+    state = (run, now, fingerprint, window, policy, optimizer, follower)  # what a checkpoint is made of
     bar = tqdm(range(now.step, args.steps), initial=now.step, total=args.steps, desc="GRPO", disable=rank > 0)
     for step in bar:
         lr = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
@@ -296,41 +299,27 @@ def main(argv=None):
         clock = [time.perf_counter()]  # and the time at the end of each part
 
         # ---- sync: the sampler takes over the policy's weights, the reference too where it follows
-        if step % s == 0 and not args.rollouts:
+        if step == window.end:  # not every s steps: a run may have been given more --steps
             if sampler.version != step:
                 sampler.reload(policy.full_weights(dtype), step)
-            now.window_step = step
-            if s > 1:  # the window goes on with these weights even after a validation has loaded others
-                now.window = policy.snapshot(dtype)
-            if s > args.generate_ahead:  # and then has to answer as now
-                now.tested = samplers.test_answers(sampler, *test)
-            if reference and args.sync_ref:
-                reference.restore(now.window)
-        reference_step = now.window_step if args.sync_ref else 0  # the step that the reference is from
+            if follower:
+                follower.follow(policy)
+            window.begin(step)
+        reference_step = window.start if args.sync_ref else 0  # the step that the reference is from
         clock.append(time.perf_counter())
 
-        # ---- sample: in one call for the whole window, or for as much of it as --generate-ahead allows
-        fresh = []
-        if not now.queue:
-            end = min(now.window_step + s, args.steps, step + args.generate_ahead)
-            steps = [prompts.take(i * batch_size, batch_size)[rank::world] for i in range(step, end)]
-            if args.rollouts:
-                now.queue.extend(steps)
-            else:
-                if sampler.version != now.window_step:  # a validation has put newer weights into it
-                    sampler.reload(policy.full_weights(dtype, now.window), now.window_step)
-                    samplers.same_test(sampler, now.tested, *test)
-                fresh = sample(sum(steps, []), args.samples_per_prompt, step)
-                groups = iter(fresh)
-                now.queue.extend([next(groups) for _ in rows] for rows in steps)
-                sampler.sleep(2 if end in (now.window_step + s, args.steps) else 1)
-        groups = now.queue.popleft()
+        # ---- sample: everything that these weights will ever write, until the next sync
+        sampled, found = window.fill(step, sample_chunk, self_test, interrupt)
+        if window.missing(step):
+            stop = runs.BY_SIGNAL  # what is sampled so far stays
+            break
+        sampler.sleep()
+        groups = window[step]
+        metrics |= found
         clock.append(time.perf_counter())
 
         # ---- score
-        if not args.rollouts:
-            if step == now.window_step:
-                metrics |= samplers.self_test(sampler, policy.logps, fresh)
+        if not window.scored:
             scorer.score(groups)
         segments = []  # prompt ids, and (completion, advantage) of the answers that share them
         for row, completions in groups:
@@ -342,11 +331,11 @@ def main(argv=None):
 
         # ---- update
         sums = runs.group_sums(step, groups)
-        sums["sampled"] = sum(len(c.ids) for _, completions in fresh for c in completions)
+        sums["sampled"] = sampled
         # the denominators count all answers of the step, those of equal rewards too (the original code's)
         total = policies.sum_over_ranks(sums)
         count = (total["completions"], max(1, total["length"]))
-        stale = step > now.window_step or bool(args.rollouts)
+        stale = not window.on_policy(step)
         widths = [policies.segment_width(prompt, [c.ids for c, _ in answers]) for prompt, answers in segments]
         for micro_batch in policies.micro_batches(widths, [1] * len(widths), args.micro_batch_tokens):
             part = [segments[i] for i in micro_batch]
@@ -386,7 +375,7 @@ def main(argv=None):
 
         # ---- log, evaluate, save
         tokens = max(1, sums["tokens"])
-        metrics |= runs.group_metrics(sums) | runs.timings(clock, sums) | {
+        metrics |= runs.group_metrics(sums) | runs.timings(clock, sums, metrics) | {
             "loss": sums["loss"],
             "kl": sums["kl"] / tokens,
             "clip_ratio": sums["clipped_tokens"] / tokens,
@@ -395,22 +384,21 @@ def main(argv=None):
             "skipped": now.skipped,
         }  # fmt: skip
         run.record(metrics)
-        everyone = policies.gather(groups)
-        run.record_rollouts(step, everyone)
+        run.record_rollouts(step, groups)
+        window.report(step, metrics["reward"], run.say)
         if args.eval_every and (now.step % args.eval_every == 0 or now.step == args.steps):
             now.last = validate(now.step)
-            if now.step % s:  # the next step does not sample with these weights
-                sampler.sleep(2)
         shown = {"reward": metrics["reward"], now.last[0]: now.last[1], "age": metrics["sync/age"]}
         bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
-        stop = runs.reason_to_stop(args, sums, now.skipped_in_a_row, [row for row, _ in everyone])
-        if stop or (args.save_every and now.step % args.save_every == 0):
-            ahead = [] if args.rollouts else [policies.gather(groups) for groups in now.queue]
-            checkpoints.save(run, now, fingerprint, policy, optimizer, ahead, args.keep)
+        stop = runs.reason_to_stop(args, sums, now.skipped_in_a_row, [row for row, _ in groups])
         if stop:
             break
+        if checkpoints.due(args, now.step, window.end):
+            checkpoints.save(*state)
 
     # 7 export and close
+    if stop and now.step > now.saved:
+        checkpoints.save(*state)
     if not stop:
         policy.export(run.directory / "model", tokenizer)
         run.end(now.first, now.last)

@@ -185,16 +185,20 @@ class Bench:
         import torch
 
         import checkpoint as checkpoints
+        import window as windows
 
         optimizer = torch.optim.AdamW(self.policy.parameters())
         with tempfile.TemporaryDirectory() as folder:
-            run = SimpleNamespace(directory=Path(folder), facts={}, sizes=dict, say=lambda text: None)
-            progress = checkpoints.Progress(window=self.policy.snapshot(self.dtype))
-            job = lambda: checkpoints.save(run, progress, 0, self.policy, optimizer, [], 1)  # noqa: E731
-            [seconds] = repeated(self.args.repeats, job)
-            size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
-        self.put("save inside a window", seconds, "s")
-        self.put("save inside a window: speed", [size / s / 1e9 for s in seconds], "GB/s")
+            args = SimpleNamespace(keep=1, steps=9, model="", **dict.fromkeys(windows.SAMPLING))
+            run = SimpleNamespace(
+                directory=Path(folder), facts={}, sizes=dict, say=lambda text: None, args=args
+            )
+            window = windows.Rollouts(run.directory, args, None, 0)
+            parts = (run, checkpoints.Progress(), 0, window, self.policy, optimizer, None)
+            [seconds] = repeated(self.args.repeats, lambda: checkpoints.save(*parts))
+            size = sum(file.stat().st_size for file in Path(folder).rglob("*.distcp"))
+        self.put("save", seconds, "s")
+        self.put("save: speed", [size / s / 1e9 for s in seconds], "GB/s")
 
     def linear(self):
         sizes = [8, 32, 128, 256]
@@ -213,12 +217,11 @@ class Bench:
 
     # ---- runs of the scripts, each a process of its own
 
-    def run(self, algorithm: str, s: str, steps: int, ahead: int | None = None) -> dict:
+    def run(self, algorithm: str, s: str, steps: int) -> dict:
         args = self.args
         same = "model prompts samples max_prompt_tokens new_tokens beta sampler".split()
         flags = {name.replace("_", "-"): getattr(args, name) for name in same}
         flags |= {"algorithm": algorithm, "sync-steps": s, "steps": steps, "data": args.data}
-        flags |= {"generate-ahead": ahead} if ahead else {}
         flags |= {"micro-batch-tokens": self.micro_batch_tokens}
         command = [sys.executable, str(ROOT / "results" / "timed_run.py")]
         command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
@@ -251,10 +254,10 @@ class Bench:
         self.put("start: of it the rest: data, models, engine, the step", rest, "s")
 
     def window(self):
-        """What is generated ahead is bounded by --generate-ahead, however long the window is."""
+        """No more than a chunk of completions is in memory, however long the window is."""
         for s in ("10", "100", "inf"):
-            found = self.run("grpo", s, 40, ahead=10)
-            self.put(f"s = {s}, 10 steps ahead: peak in 40 steps", [found["all"] / 1e9], "GB")
+            found = self.run("grpo", s, 40)
+            self.put(f"s = {s}: peak in 40 steps", [found["all"] / 1e9], "GB")
 
 
 def main():

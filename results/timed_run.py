@@ -152,12 +152,11 @@ def measure(args, folder: str) -> dict:
         found["update"].append(metrics["time/update"])
 
     rewards.Scorer.score, runs.Run.record, runs.group_sums = score_and_jitter, step_ends, update_begins
-    ahead = "10" if args.sync_steps == "inf" else args.sync_steps
     flags = [
         "--model", args.model, "--data", args.data, "--eval-data", args.data, "--eval-every", 0,
-        "--sync-steps", args.sync_steps, "--generate-ahead", args.generate_ahead or ahead,
-        "--sampler", args.sampler, "--steps", args.steps, "--prompts-per-step", args.prompts,
-        "--samples-per-prompt", args.samples, "--max-prompt-tokens", args.max_prompt_tokens, "--lr", RATE,
+        "--sync-steps", args.sync_steps, "--sampler", args.sampler, "--steps", args.steps,
+        "--prompts-per-step", args.prompts, "--samples-per-prompt", args.samples,
+        "--max-prompt-tokens", args.max_prompt_tokens, "--lr", RATE,
         "--max-new-tokens", args.new_tokens, "--micro-batch-tokens", micro_batch_tokens(args),
         "--no-sync-ref", "--out", f"{folder}/run", "--save-every", 0, "--no-activation-checkpointing",
         "--grad-clip", 1, "--adam-eps", 1e-8,
@@ -181,7 +180,6 @@ if __name__ == "__main__":
     add_flags(parser.add_argument)
     parser.add_argument("--algorithm", choices=["dpo", "grpo"], default="grpo")
     parser.add_argument("--sync-steps", default="1")
-    parser.add_argument("--generate-ahead", type=int)
     parser.add_argument("--sampler", choices=["vllm", "hf"], default="vllm")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--data", default=str(ROOT / "toy" / "train.jsonl"))

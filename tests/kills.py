@@ -41,7 +41,7 @@ def command(args, out: Path) -> list[str]:
     python = [sys.executable]
     if args.ranks > 1:
         python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
-    flags = f"{ROOT / args.script} --steps {args.steps} --sync-steps {args.sync_steps} --generate-ahead 6"
+    flags = f"{ROOT / args.script} --steps {args.steps} --sync-steps {args.sync_steps}"
     flags += f" --out {out} --save-every {args.save_every} --sampler {args.sampler} --log-samples -1"
     flags += f" --eval-every 40 --prompts-per-step 8 --samples-per-prompt 4 --save-rollouts {out}.jsonl"
     return [*python, *flags.split(), "--resume", "auto"]
@@ -79,14 +79,16 @@ def main():
         with open(console, "ab") as log:
             process = subprocess.Popen(command(args, out), stdout=log, stderr=log, start_new_session=True)
         before, began = step_lines(out), time.monotonic()
-        # a third of the kills may hit the start, the others come once steps are being done
-        if moments.random() < 1 / 3:
+        # a third may hit the start, a third comes while a window is sampled, where the run begins with that
+        kind = moments.choice(["start", "sampling", "steps"])
+        if kind == "start":
             time.sleep(moments.uniform(0, 10))
         else:
-            while process.poll() is None and b"reward=" not in console.read_bytes():  # the bar has moved
+            signs = [b"reward="] + [b"sampling, up to"] * (kind == "sampling")  # a bar that has moved
+            while process.poll() is None and not any(sign in console.read_bytes() for sign in signs):
                 time.sleep(0.01)
             resumed.append(time.monotonic() - began)
-            time.sleep(moments.uniform(0, 1.5))
+            time.sleep(moments.uniform(0, 0.4 if kind == "sampling" else 1.5))
         if process.poll() is not None:
             break
         for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
@@ -99,9 +101,13 @@ def main():
         if went_on:
             count["resumed"] += 1
             redone.append(before - int(went_on[1]))
-        count["traceback"] += "Traceback" in said
+        if "Traceback" in said:
+            count["traceback"] += 1
+            print(said[said.index("Traceback") :][-3000:], file=sys.stderr)
         count["damaged"] += "damaged" in said or "bytes of" in said
         count["while saving"] += any(out.glob("checkpoints/*.partial"))
+        last = re.split(r"[\r\n]", said.strip())[-1]
+        count["while sampling"] += "sampling, up to" in last or any(out.glob("windows/*/*.partial"))
         count["torn lines"] += sum(
             map(torn, (out / "metrics.jsonl", out / "samples.jsonl", Path(f"{out}.jsonl")))
         )

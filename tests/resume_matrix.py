@@ -15,6 +15,7 @@ import policy as policies
 import run as runs
 import train_dpo
 import train_grpo
+import window as windows
 
 DATA = Path(__file__).parent.parent / "toy"
 STEPS = 7
@@ -26,7 +27,7 @@ FLAGS = {
 
 
 def argv(directory: Path, s: str) -> list[str]:
-    flags = f"--steps {STEPS} --sync-steps {s} --generate-ahead 3 --prompts-per-step 5 --samples-per-prompt 4"
+    flags = f"--steps {STEPS} --sync-steps {s} --prompts-per-step 5 --samples-per-prompt 4"
     flags += f" --eval-every 3 --save-every 1 --keep {STEPS} --log-samples -1 --sampler hf --warmup-steps 3"
     flags += f" --eval-data {directory}/valid.jsonl --data {DATA}/train.jsonl"
     return flags.split()
@@ -34,6 +35,7 @@ def argv(directory: Path, s: str) -> list[str]:
 
 def main(directory: Path):
     rank, _, _ = policies.start()
+    windows.CHUNK = 3  # so that 4 steps and more are windows of several chunks, on disk
     policies.stop = lambda: None  # the ranks stay together from run to run
     for script, own in FLAGS.items():
         for s, cuts in CUTS.items():

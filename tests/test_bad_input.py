@@ -5,11 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-import zlib
 from argparse import ArgumentError
 
 import pytest
 import torch
+import xxhash
 from conftest import ROOT, TOY
 from safetensors.torch import load_file, save_file
 
@@ -90,6 +90,7 @@ CASES = [
     ("--resume {tmp}/short", "{tmp}/short/metrics.jsonl: shorter than when the checkpoint was written"),
     ("--resume {tmp}/torn", "nothing to go on from (state.json has"),
     ("--resume {tmp}/rotten/checkpoints/step-000004", "nothing to go on from (state.json is damaged"),
+    ("--resume {tmp}/first", "nothing to go on from (written by the first edition of these files"),
     ("--out {tmp}/old", "--out {tmp}/old: already holds a run (args.json); go on with --resume auto"),
     ("--save-every -1", "--save-every: -1 is not"),
     ("--keep 0", "--keep: 0 is not"),
@@ -255,15 +256,17 @@ def make_runs(directory, monkeypatch):
     monkeypatch.chdir(directory)  # the toy's path is relative
     args = vars(train_dpo.get_args([]))
     facts = {"args": json.loads(json.dumps(args, default=str)), "ranks": 1}
-    for name, size in (("old", 0), ("short", 99), ("torn", 0), ("rotten", 0)):
+    for name, size in (("old", 0), ("short", 99), ("torn", 0), ("rotten", 0), ("first", 0)):
         checkpoint = directory / name / "checkpoints" / "step-000004"
         checkpoint.mkdir(parents=True)
         (directory / name / "args.json").write_text(json.dumps(facts))
-        state = {"step": 4, "logs": {"metrics": size}, "facts": facts, "fingerprint": 1}
+        window = {"start": 0, "ends": [300], "key": 0}
+        state = {"step": 4, "logs": {"metrics": size}, "facts": facts, "fingerprint": 1, "window": window}
         manifest = {}
-        for file, content in (("state.json", json.dumps(state)), ("window.jsonl", "")):
+        other = "window.jsonl" if name == "first" else ".metadata"
+        for file, content in (("state.json", json.dumps(state)), (other, "")):
             (checkpoint / file).write_text(content)
-            manifest[file] = [len(content), zlib.crc32(content.encode())]
+            manifest[file] = [len(content), xxhash.xxh3_64_hexdigest(content.encode())]
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     state = (directory / "torn/checkpoints/step-000004/state.json", "rb+")
     os.truncate(state[0], 50)

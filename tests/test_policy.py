@@ -8,6 +8,7 @@ from argparse import ArgumentError
 import pytest
 import torch
 from conftest import TOY
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import policy as policies
@@ -283,18 +284,18 @@ def test_micro_batches_hold_every_unit_once_within_the_limit(device):
     assert policies.micro_batches([], [], 120) == []
 
 
-def test_snapshot_brings_the_very_weights_back(policy):
-    window = policy.snapshot(torch.float32)
-    before = {name: tensor.clone() for name, tensor in policy.full_weights(torch.float32)}
+def test_a_reference_that_follows_has_the_policys_weights_of_that_moment(policy, device, tokenizer):
+    reference = policies.load_policy(str(TOY), device, len(tokenizer), 1.0, trainable=False)
+    toy = load_file(TOY / "model.safetensors")
     with torch.no_grad():
         for p in policy.parameters():
             p.mul_(1.5)
-    now = dict(policy.full_weights(torch.float32))
-    walked = {name: tensor.clone() for name, tensor in policy.full_weights(torch.float32, window)}
-    assert all(not torch.equal(now[name], before[name]) for name in before)
-    assert all(torch.equal(walked[name], before[name]) for name in before)
-    policy.restore(window)
-    assert all(torch.equal(t, before[name]) for name, t in policy.full_weights(torch.float32))
+    reference.follow(policy)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(2)
+    followed = dict(reference.full_weights(torch.float32))
+    assert all(torch.equal(followed[name], 1.5 * tensor) for name, tensor in toy.items())
 
 
 def test_full_weights_have_the_names_and_values_of_the_checkpoint(policy):

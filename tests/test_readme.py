@@ -114,7 +114,14 @@ def test_every_metric_logged_is_explained_and_the_other_way_round():
     logs = [ROOT / "results" / "toy" / run / "metrics.jsonl" for run in ("dpo-s10-seed0", "grpo-s10-seed0")]
     logged = {name for log in logs for line in log.read_text().splitlines() for name in json.loads(line)}
     logged |= {"reward/exact", "reward/gsm8k", "reward/math", "reward/rm", "reward/judge"}
-    logged |= {"eval/reward", "eval/reward_per_token", "eval/length", "memory/peak_gib", "skipped"}
+    logged |= {
+        "eval/reward",
+        "eval/reward_per_token",
+        "eval/length",
+        "memory/peak_gib",
+        "skipped",
+        "time/write",
+    }
     assert logged - {"step"} == explained
 
 

@@ -50,10 +50,10 @@ def test_going_on_is_as_if_nothing_had_happened(matrix, script, s, cut):
 
 
 def test_with_vllm_and_two_ranks(torchrun, tmp_path):
-    """Inside a window of which more is to be generated, with weights that only the checkpoint has."""
+    """Inside a window, which is on disk since the first checkpoint that fell inside it."""
     valid = (TOY.parent / "valid.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "valid.jsonl").write_text("".join(valid[:20]))
-    flags = "--steps 9 --sync-steps 5 --generate-ahead 2 --prompts-per-step 5 --samples-per-prompt 4"
+    flags = "--steps 9 --sync-steps 5 --prompts-per-step 5 --samples-per-prompt 4"
     flags = [*flags.split(), *"--eval-every 4 --save-every 1 --keep 9 --log-samples -1 --eval-data".split()]
     flags += [tmp_path / "valid.jsonl"]
     torchrun(2, "train_dpo.py", *flags, "--out", tmp_path / "straight")
@@ -67,7 +67,7 @@ def test_with_vllm_and_two_ranks(torchrun, tmp_path):
 
 def test_two_ranks_go_on_as_one(torchrun, tmp_path):
     """Shards are put together anew, and the unread part of the window is dealt out anew."""
-    flags = "--steps 6 --sync-steps inf --generate-ahead 6 --prompts-per-step 5 --samples-per-prompt 4"
+    flags = "--steps 6 --sync-steps inf --prompts-per-step 5 --samples-per-prompt 4"
     flags = [*flags.split(), *"--eval-every 0 --save-every 2 --keep 3 --log-samples -1 --sampler hf".split()]
     torchrun(2, "train_dpo.py", *flags, "--out", tmp_path / "two")
     shutil.copytree(tmp_path / "two", tmp_path / "one", ignore=shutil.ignore_patterns("model"))
@@ -81,6 +81,29 @@ def test_two_ranks_go_on_as_one(torchrun, tmp_path):
     assert [d.name for d in sorted((tmp_path / "one/checkpoints").iterdir())] == [
         "step-000002", "step-000004", "step-000004.aside", "step-000006", "step-000006.aside",
     ]  # fmt: skip
+
+
+def test_more_steps_fill_in_an_offline_window_and_end_another(tmp_path):
+    flags = ["--sampler", "hf", "--prompts-per-step", 4, "--samples-per-prompt", 2, "--eval-every", 0]
+    flags += ["--log-samples", -1, "--save-every", 4]
+    said, samples = {}, {}
+    for s, first, steps in (("inf", 12, 25), (15, 20, 40)):
+        for name, *more in ((f"{s}", first), (f"{s}", steps, "--resume", "auto"), (f"{s}-straight", steps)):
+            out = ["--out", tmp_path / name, "--sync-steps", s, "--steps"]
+            done = script("train_grpo.py", *flags, *out, *more)
+            assert done.returncode == 0, done.stderr[-2000:]
+            said[name, len(more)] = done.stdout
+            text = (tmp_path / name / "samples.jsonl").read_text()
+            samples[name] = [json.loads(line) for line in text.splitlines()]
+    assert [line["sync/age"] for line in metrics(tmp_path / "inf")] == list(range(25))
+    ages = [*range(15), *range(5), *range(15), *range(5)]
+    assert [line["sync/age"] for line in metrics(tmp_path / "15")] == ages
+    assert "a new one begins at step 20" in said["15", 3] and "a new one begins" not in said["inf", 3]
+    # the first call was for the same ten steps; then the prompts are the same, the calls are not
+    again, straight = samples["inf"], samples["inf-straight"]
+    assert again[:80] == straight[:80] and len(again) == len(straight) == 200
+    assert [s["prompt"] for s in again] == [s["prompt"] for s in straight]
+    assert {s["version"] for s in again} == {0}
 
 
 def clock_flags(directory):

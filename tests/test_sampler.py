@@ -3,12 +3,15 @@
 import contextlib
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TOY
+from conftest import ROOT, TOY
 from transformers import AutoConfig, AutoModelForCausalLM, TopPLogitsWarper
 
 import policy as policies
@@ -33,16 +36,21 @@ def fresh(device, tokenizer, padded_model):
     return policies.load_policy(padded_model, device, len(tokenizer), 1.0)
 
 
+def weights(policy):
+    """A copy of all of them, as a sampler takes them."""
+    return [(name, tensor.clone()) for name, tensor in policy.full_weights(F32)]
+
+
 @pytest.fixture
 def moved(fresh, sampler):
     """The same policy after one small optimizer step; afterwards the sampler gets its old weights back."""
-    before = fresh.snapshot(F32)
+    before = weights(fresh)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in fresh.parameters():  # what AdamW's first step does: lr per entry
             policies.local(p).add_(2e-4 * torch.randn(p.shape, generator=generator).sign())
     yield fresh
-    sampler.reload(fresh.full_weights(F32, before), 0)
+    sampler.reload(before, 0)
 
 
 def test_completions_are_what_was_sampled(sampler, prompts, tokenizer):
@@ -129,25 +137,30 @@ def test_after_a_reload_the_sampler_is_the_policy_and_before_it_is_not(sampler, 
     assert sampler.version == 7 and sampler.generate(prompts[:1], 1, 2, 1.0, 0)[0][0].version == 7
 
 
-def test_weights_that_are_brought_back_must_answer_as_before(sampler, moved, prompts):
-    sampler.reload(moved.full_weights(F32), 7)
-    before = samplers.test_answers(sampler, prompts, 6, 1.0)
-    seventh = moved.snapshot(F32)
-    with torch.no_grad():
-        for p in moved.parameters():
-            p.mul_(1.01)
-    sampler.reload(moved.full_weights(F32), 9)
-    with pytest.raises(samplers.SyncError, match="weights of step 9, which were brought back"):
-        samplers.same_test(sampler, before, prompts, 6, 1.0)
-    sampler.reload(moved.full_weights(F32, seventh), 7)
-    samplers.same_test(sampler, before, prompts, 6, 1.0)
+def test_a_sampler_that_sleeps_is_asked_only_after_a_reload(sampler, fresh, prompts):
+    before = sampler.generate(prompts, 1, 6, 1.0, 0)
+    sampler.sleep()
+    sampler.sleep()
+    with pytest.raises(samplers.SyncError, match="sleeps"):
+        sampler.generate(prompts, 1, 6, 1.0, 0)
+    sampler.reload(fresh.full_weights(F32), 0)
+    assert sampler.generate(prompts, 1, 6, 1.0, 0) == before
+
+
+def test_how_much_fits_is_said_in_tokens_and_sequences(vllm):
+    """vLLM's own blocks of 32 tokens against 192, the longest sequence of this engine."""
+    blocks = vllm.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    tokens, sequences = (
+        int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:tokens|sequences)", vllm.capacity)
+    )
+    assert 0.9 * blocks * 32 <= tokens <= blocks * 32 and sequences == pytest.approx(tokens / 192, abs=1)
 
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_keys_and_values_of_old_weights_are_forgotten(vllm, fresh, monkeypatch, kept):
     """A prompt longer than a block of the prefix cache, asked before and after the weights change. A cache
     that only pretends to be reset is caught."""
-    before, long = fresh.snapshot(F32), [[5 + i % 30 for i in range(150)]]
+    before, long = weights(fresh), [[5 + i % 30 for i in range(150)]]
     if kept:
         monkeypatch.setattr(vllm.llm, "reset_prefix_cache", lambda: True)
     self_test(vllm, fresh, long)
@@ -158,7 +171,7 @@ def test_keys_and_values_of_old_weights_are_forgotten(vllm, fresh, monkeypatch, 
     with pytest.raises(samplers.SyncError) if kept else contextlib.nullcontext():
         self_test(vllm, fresh, long)
     monkeypatch.undo()
-    vllm.reload(fresh.full_weights(F32, before), 0)
+    vllm.reload(before, 0)
 
 
 def test_answers_that_share_blocks_of_their_prompt_have_the_policys_logps(vllm, fresh, prompts):
@@ -328,13 +341,10 @@ def test_on_a_gpu_the_very_tensors_are_compared():
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="sleeping frees GPU memory; on a CPU it does nothing"
 )
-def test_sleep_frees_the_gpu_and_both_levels_wake_up(vllm, fresh, prompts):
+def test_sleep_frees_the_gpu_and_a_reload_wakes_up(vllm, fresh, prompts):
     awake = torch.cuda.mem_get_info()[0]
-    vllm.sleep(1)
-    assert torch.cuda.mem_get_info()[0] > awake + 2**30 and vllm.version == 0
-    self_test(vllm, fresh, prompts)
-    vllm.sleep(2)
-    assert vllm.version is None
+    vllm.sleep()
+    assert torch.cuda.mem_get_info()[0] > awake + 2**30 and vllm.version is None
     vllm.reload(fresh.full_weights(vllm.dtype), 0)
     self_test(vllm, fresh, prompts)
 
@@ -431,3 +441,33 @@ def test_the_toy_samples_about_one_answer_in_four_right(device, tokenizer):
     model = samplers.load_sampler("hf", str(TOY), tokenizer, 64, [3], device, F32, 64, 0.3, True).lm
     right = probability_right(model, tokenizer, [(a, b) for a in range(0, 100, 7) for b in range(0, 100, 9)])
     assert 0.15 < right < 0.33
+
+
+@pytest.mark.parametrize("end", ["done", "signal", "SyncError", "another rank has left"])
+def test_whatever_ends_a_run_shuts_the_engine_down_once(end, tmp_path):
+    """By its core's own method, and before its process ends."""
+    pytest.importorskip("vllm")
+    program = tmp_path / "program.py"
+    ways = {
+        "done": "pass",
+        "signal": "signal.raise_signal(signal.SIGTERM)",
+        "SyncError": "raise sampler.SyncError('stale')",
+        "another rank has left": "raise torch.distributed.DistError('connection closed')",
+    }
+    program.write_text(
+        f"import signal, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, run, sampler, rewards, train_dpo\n"
+        "from vllm.v1.engine.core import EngineCore\n"
+        "real, shut = rewards.Scorer.score, EngineCore.shutdown\n"
+        "def score(self, groups):\n    real(self, groups)\n"
+        f"    {ways[end]}\n"
+        "def shutdown(self):\n    print('shut down', flush=True)\n    shut(self)\n"
+        "rewards.Scorer.score, EngineCore.shutdown = score, shutdown\nrun.launch(train_dpo.main)\n"
+    )
+    flags = ["--steps", "2", "--eval-every", "0", "--prompts-per-step", "4", "--out", tmp_path / "run"]
+    done = subprocess.run(
+        [sys.executable, program, *flags], capture_output=True, text=True, timeout=120, check=False
+    )
+    codes = {"done": 0, "signal": 75, "SyncError": 1, "another rank has left": 1}
+    assert done.returncode == codes[end], done.stderr[-2000:]
+    assert done.stdout.count("shut down") == 1 and "Traceback" not in done.stderr
