@@ -261,7 +261,7 @@ def _fault(directory: Path) -> str | None:
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
         if "window.jsonl" in manifest:
-            return "written by the first edition of these files, in a form that only that one reads"
+            return "written by an earlier version (it has a window.jsonl), in a form that only that one reads"
         names = sorted(manifest)
         buffer = memoryview(bytearray(PIECE))  # one for all: fresh memory costs more than the checksum
         for name in names[dist.get_rank() :: dist.get_world_size()]:

@@ -327,7 +327,7 @@ def main(argv=None):
         if window.missing(step):
             stop = runs.BY_SIGNAL  # what is sampled so far stays
             break
-        sampler.sleep()
+        sampler.sleep()  # its weights are dropped: nobody needs them before the next reload
         groups = window[step]
         metrics |= found
         clock.append(time.perf_counter())

@@ -128,10 +128,10 @@ class Window:
         )  # fmt: skip
         for chunk in missing:
             self.groups = {}  # of the chunk before
-            rows = {step: self._deal(step) for step in range(*chunk)}
+            rows = {i: self._deal(i) for i in range(*chunk)}
             groups = sample(sum(rows.values(), []), chunk[0])
             rest = iter(groups)
-            self.groups = {step: [next(rest) for _ in part] for step, part in rows.items()}
+            self.groups = {i: [next(rest) for _ in part] for i, part in rows.items()}
             if chunk[0] == self.start:
                 metrics |= test(groups)
             tokens += sum(len(c.ids) for _, cs in groups for c in cs)

@@ -90,7 +90,7 @@ CASES = [
     ("--resume {tmp}/short", "{tmp}/short/metrics.jsonl: shorter than when the checkpoint was written"),
     ("--resume {tmp}/torn", "nothing to go on from (state.json has"),
     ("--resume {tmp}/rotten/checkpoints/step-000004", "nothing to go on from (state.json is damaged"),
-    ("--resume {tmp}/first", "nothing to go on from (written by the first edition of these files"),
+    ("--resume {tmp}/first", "nothing to go on from (written by an earlier version"),
     ("--out {tmp}/old", "--out {tmp}/old: already holds a run (args.json); go on with --resume auto"),
     ("--save-every -1", "--save-every: -1 is not"),
     ("--keep 0", "--keep: 0 is not"),
