@@ -22,7 +22,7 @@ import pickle
 import shutil
 import sys
 import time
-from argparse import ArgumentError, Namespace
+from argparse import ArgumentError
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,15 +35,17 @@ import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.utils.serialization import config as torch_save
 
-import window as windows
-from policy import Fault, error_line, everywhere
+from flags import Flags
+from processes import Fault, error_line, everywhere
+from window import window_fault
 
 # A run goes on with other values of these: they do not change what it computes, or its rows say more than
-# their path does (`data.fingerprint`). --micro-batch-tokens and --shard-ranks change the order of sums,
-# and so the last bits.
+# their path does (`data.fingerprint`). --micro-batch-tokens, --packing and --shard-ranks change the order of
+# sums, and so the last bits.
 MAY_DIFFER = (
-    "out resume save_every keep eval_every log_samples wandb tensorboard data eval_data rollouts"
-    " gpu_memory sleep micro_batch_tokens shard_ranks activation_checkpointing reward_timeout reward_offload"
+    "out resume packing save_every keep eval_every log_samples wandb tensorboard data eval_data rollouts"
+    " gpu_memory sleep micro_batch_tokens shard_ranks activation_checkpointing reward_timeout reward_workers"
+    " reward_offload"
     " judge_url judge_timeout judge_concurrency max_failed max_skipped trust_remote_code steps"
 ).split()
 
@@ -59,6 +61,13 @@ class Progress:
     skipped_in_a_row: int = 0
     saved: int = 0  # the step of the newest checkpoint
 
+    def count(self, finite: bool) -> bool:
+        """A step is done. finite: whether its update is, else it is skipped; returned."""
+        self.step += 1
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        return finite
+
 
 @dataclass
 class Checkpoint:
@@ -71,37 +80,50 @@ class Checkpoint:
             raise ArgumentError(None, f"{self.directory}: --data or --eval-data held other rows at that time")
 
 
-def due(args: Namespace, step: int, end: int) -> bool:
-    """Whether a checkpoint comes after `step` steps: every --save-every, and where a window ends and the next
-    takes more than one call to sample, so that its chunks belong to weights that are on disk.
-    """
-    long = args.sync_steps > windows.CHUNK and step == end < args.steps
-    return args.save_every > 0 and (step % args.save_every == 0 or long)
+class Checkpoints:
+    """Writes a run's checkpoints, and brings one back. What it is given is what a checkpoint is made of."""
 
+    def __init__(self, run, prompts, *, window, policy, reference, optimizer):
+        self.run, self.prompts, self.window = run, prompts, window
+        self.policy, self.reference, self.optimizer = policy, reference, optimizer
 
-def save(run, progress: Progress, fingerprint: int, window, policy, optimizer, reference):
-    """Writes a checkpoint; removes all but the --keep newest, and windows that none of them needs.
-    Collective.
+    def due(self, step: int) -> bool:
+        """Whether one comes after `step` steps: every --save-every, and where a window ends and the next
+        takes more than one call to sample, so that its chunks belong to weights that are on disk.
+        """
+        args = self.run.args
+        ends = step == self.window.end < args.steps and self.window.takes_chunks
+        return args.save_every > 0 and (step % args.save_every == 0 or ends)
 
-    reference: the one that follows the sampler, or None. Raises SystemExit on every rank if one of them
-    fails; the checkpoints from before are then as they were.
-    """
-    rank, began, progress.saved = dist.get_rank(), time.perf_counter(), progress.step
-    folder = everywhere(lambda: run.directory / "checkpoints")[0]
-    partial = folder / f"step-{progress.step:06d}.partial"
+    def save(self, progress: Progress):
+        """Writes a checkpoint; removes all but the --keep newest, and windows that none of them needs.
+        Collective.
 
-    def prepare():
-        if rank == 0:
-            for old in folder.glob("*.partial"):
-                shutil.rmtree(old)
-            partial.mkdir(parents=True)
+        Raises SystemExit on every rank if one of them fails; earlier checkpoints are then as they were.
+        """
+        rank, began, progress.saved = dist.get_rank(), time.perf_counter(), progress.step
+        folder = everywhere(lambda: self.run.directory / "checkpoints")[0]
+        partial = folder / f"step-{progress.step:06d}.partial"
+        try:
+            self.window.save(progress.step)
+            everywhere(lambda: rank == 0 and _prepare(partial))
+            tensors = self._tensors(self.window.state(), progress.step)
+            parts = everywhere(lambda: write_tensors(partial, tensors))
+            generators = everywhere(_generators)
+            everywhere(lambda: rank == 0 and self._finish(partial, progress, parts, generators))
+        except Fault as error:
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+            raise SystemExit(f"stopped: the checkpoint {partial.stem} cannot be written ({error})") from error
+        self.run.say(f"step {progress.step}: checkpoint in {time.perf_counter() - began:.2f} s")
 
-    def finish(parts, generators):
-        updates = max((int(moments.get("step", 0)) for moments in optimizer.state.values()), default=0)
+    def _finish(self, partial: Path, progress: Progress, parts: list[dict], generators: list):
+        """Adds what is no tensor, gives the directory its name and removes what is old; on rank 0."""
+        updates = max((int(moments.get("step", 0)) for moments in self.optimizer.state.values()), default=0)
         state = vars(progress) | {
             "updates": updates,  # Adam's own count: a step with nothing to learn from is none
-            "window": window.state(), "generators": generators, "fingerprint": fingerprint,
-            "logs": run.sizes(), "facts": run.facts,
+            "window": self.window.state(), "generators": generators, "fingerprint": self.prompts.fingerprint,
+            "logs": self.run.sizes(), "facts": self.run.facts,
         }  # fmt: skip
         manifest = {name: entry for part in parts for name, entry in part.items()}
         manifest["state.json"] = _write(partial / "state.json", json.dumps(state, default=str))
@@ -110,31 +132,67 @@ def save(run, progress: Progress, fingerprint: int, window, policy, optimizer, r
         if final.exists():
             _remove(final)
         partial.rename(final)
-        _sync(folder)
-        inside = window.start < progress.step < window.end
-        for old in _found(folder)[run.args.keep :]:
-            if not (inside and len(window.chunks) > 1 and int(old.name[5:]) == window.start):
+        _sync(partial.parent)
+        inside = self.window.start < progress.step < self.window.end and len(self.window.chunks) > 1
+        for old in _found(partial.parent)[self.run.args.keep :]:
+            if not (inside and int(old.name[5:]) == self.window.start):
                 _remove(old)  # the weights that wrote the window stay as long as it does
-        window.forget()
+        self.window.forget()
 
-    try:
-        window.save(progress.step)
-        everywhere(prepare)
-        parts = everywhere(
-            lambda: write_tensors(
-                partial, _tensors(policy, optimizer, reference, window.state(), progress.step)
-            )
-        )
-        generators = everywhere(_generators)
-        everywhere(lambda: rank == 0 and finish(parts, generators))
-    except Fault as error:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
-        raise SystemExit(f"stopped: the checkpoint {partial.stem} cannot be written ({error})") from error
-    run.say(f"step {progress.step}: checkpoint in {time.perf_counter() - began:.2f} s")
+    def load(self, checkpoint: Checkpoint) -> Progress:
+        """Brings back weights, Adam's moments and the reference, where it follows, and returns the loop's
+        state; collective.
+        """
+        state, directory = checkpoint.state, checkpoint.directory
+        progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
+        for p in self.policy.lm.parameters():
+            p.grad = None
+            updates = torch.tensor(float(state["updates"]), device=p.device)
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": updates, **moments}
+        try:
+            read_tensors(directory, self._tensors(state["window"], progress.step))
+        except (
+            ValueError,
+            dcp.CheckpointException,
+        ) as error:  # its files are whole, so it is of another model
+            reason = f"not of this --model ({error_line(error)})"
+            raise ArgumentError(None, f"--resume {directory}: {reason}") from error
+        if self.reference.follows:
+            self.reference.step = state["window"]["start"]
+        rank, generators = dist.get_rank(), state.get("generators", [])
+        if rank == 0:  # later ones are damaged, or of a way that is not taken
+            for later in _found(directory.parent):
+                if later.name > directory.name:
+                    shutil.rmtree(later.with_name(later.name + ".aside"), ignore_errors=True)
+                    later.rename(later.with_name(later.name + ".aside"))
+        if rank < len(generators):
+            cpu, cuda = generators[rank]
+            torch.set_rng_state(torch.tensor(cpu, dtype=torch.uint8))
+            if cuda and torch.cuda.is_available():
+                torch.cuda.set_rng_state(torch.tensor(cuda, dtype=torch.uint8))
+        return progress
+
+    def _tensors(self, window: dict, step: int) -> dict[str, torch.Tensor]:
+        """Name -> tensor of all that is saved, sharded as the policy is; loading writes into them, in place.
+
+        window: its state. The reference that follows is the policy of its first step; that of step 0 is the
+        model.
+        """
+        tensors = {}
+        for name, p in self.policy.lm.named_parameters():
+            tensors[f"policy.{name}"] = p.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state = self.optimizer.state[p]  # empty if no update was finite so far
+                tensors[f"{moment}.{name}"] = state[moment] if state else torch.zeros_like(p)
+        inside = 0 < window["start"] < step < window["ends"][-1]
+        if inside and self.reference.follows and self.reference.model:
+            model = self.reference.model.lm
+            tensors |= {f"reference.{name}": p.detach() for name, p in model.named_parameters()}
+        return tensors
 
 
-def find(args: Namespace) -> Checkpoint | None:
+def find_checkpoint(args: Flags) -> Checkpoint | None:
     """The checkpoint that --resume asks for, or None; sets --out and --date to its run's. Collective.
 
     auto: the newest good one of --out, or None where there is none yet. A run's directory: its newest good
@@ -170,7 +228,7 @@ def find(args: Namespace) -> Checkpoint | None:
         fault = next(filter(None, everywhere(lambda d=directory: _fault(d))), None)
         if not fault:
             state = json.loads((directory / "state.json").read_text())
-            fault = windows.fault(run, state["window"], state["step"])
+            fault = window_fault(run, state["window"], state["step"])
         if not fault:
             break
         say(f"{directory}: {fault}")
@@ -186,11 +244,18 @@ def find(args: Namespace) -> Checkpoint | None:
     return Checkpoint(directory, state, changed)
 
 
-def changed_flags(args: Namespace, facts: dict) -> dict:
-    """Flags that are not as in `facts` (args.json): name -> (then, now). Raises ArgumentError for those that
-    would make it another run.
+def changed_flags(args: Flags, facts: dict) -> dict:
+    """Flags that are not as in `facts` (args.json): name -> (then, now). A flag that the run did not have yet
+    counts as its default. Raises ArgumentError for those that would make it another run.
     """
-    then = facts["args"]
+    had = facts["args"]
+    then = args.defaults | had
+    for name in had.keys() - vars(args).keys():
+        if had[name]:  # not one that was off
+            flag = f"--{name.replace('_', '-')} {had[name]}"
+            raise ArgumentError(
+                None, f"--resume {args.resume}: the run has {flag}, which this script does not know"
+            )
     changed = {k: (then.get(k), new) for k, new in vars(args).items() if str(new) != str(then.get(k))}
     other = [f"--{name.replace('_', '-')} {new} (was {old})" for name, (old, new) in changed.items()
              if name not in MAY_DIFFER]  # fmt: skip
@@ -199,51 +264,10 @@ def changed_flags(args: Namespace, facts: dict) -> dict:
     return {name: change for name, change in changed.items() if name not in ("out", "resume")}
 
 
-def load(checkpoint: Checkpoint, policy, optimizer, reference) -> Progress:
-    """Brings back weights, Adam's moments and the reference, where it follows (else None), and returns the
-    loop's state; collective.
-    """
-    state, directory = checkpoint.state, checkpoint.directory
-    progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
-    for p in policy.lm.parameters():
-        p.grad = None
-        updates = torch.tensor(float(state["updates"]), device=p.device)
-        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": updates, **moments}
-    try:
-        read_tensors(directory, _tensors(policy, optimizer, reference, state["window"], progress.step))
-    except (ValueError, dcp.CheckpointException) as error:  # its files are whole, so it is of another model
-        raise ArgumentError(
-            None, f"--resume {directory}: not of this --model ({error_line(error)})"
-        ) from error
-    rank = dist.get_rank()
-    if rank == 0:  # later ones are damaged, or of a way that is not taken
-        for later in _found(directory.parent):
-            if later.name > directory.name:
-                shutil.rmtree(later.with_name(later.name + ".aside"), ignore_errors=True)
-                later.rename(later.with_name(later.name + ".aside"))
-    if rank < len(state["generators"]):
-        cpu, cuda = state["generators"][rank]
-        torch.set_rng_state(torch.tensor(cpu, dtype=torch.uint8))
-        if cuda and torch.cuda.is_available():
-            torch.cuda.set_rng_state(torch.tensor(cuda, dtype=torch.uint8))
-    return progress
-
-
-def _tensors(policy, optimizer, reference, window: dict, step: int) -> dict[str, torch.Tensor]:
-    """Name -> tensor of all that is saved, sharded as the policy is; loading writes into them, in place.
-
-    window: its state; the reference is the policy of its first step, and that of step 0 is the model.
-    """
-    tensors = {}
-    for name, p in policy.lm.named_parameters():
-        tensors[f"policy.{name}"] = p.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state = optimizer.state[p]  # empty if no update was finite so far
-            tensors[f"{moment}.{name}"] = state[moment] if state else torch.zeros_like(p)
-    if reference and 0 < window["start"] < step < window["ends"][-1]:
-        tensors |= {f"reference.{name}": p.detach() for name, p in reference.lm.named_parameters()}
-    return tensors
+def _prepare(partial: Path):
+    for old in partial.parent.glob("*.partial"):
+        shutil.rmtree(old)
+    partial.mkdir(parents=True)
 
 
 def _generators() -> tuple[list, list]:

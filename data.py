@@ -2,10 +2,10 @@
 
 A row is one JSON object:
     prompt   string, or a list of chat messages [{"role": ..., "content": ...}] that ends with the user's
-    reward   how an answer is scored: one of rewards.REWARDS
+    reward   how a completion is scored: one of rewards.REWARDS
     answer   the reference answer, where that reward needs one: a text or a number
     uid      the id that Arena-Hard knows it by, where it is one of its questions
-and whatever else its owner keeps.
+and whatever else its owner keeps: verifiers see these columns. A rollout is a row and its completions.
 """
 
 import argparse
@@ -23,12 +23,16 @@ import unicodedata
 import zlib
 from argparse import ArgumentError
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 
 from tqdm import tqdm
+
+from rewards import Verifiers, row_fault
+
+FIELDS = ("prompt", "reward", "answer", "uid")  # of a row; its other columns are its owner's
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,21 @@ class Row:
     answer: str | None
     uid: str | None = None
     where: str = field(default="", compare=False, repr=False)  # source and line, to name it by
+    columns: dict = field(default_factory=dict, repr=False)  # the others that the file has
 
     @property
     def messages(self) -> list[dict]:
         return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
+
+
+@dataclass
+class Completion:
+    ids: list[int]  # as sampled, the end token included; never tokenized again
+    logps: list[float]  # of each id, under the distribution it was drawn from
+    text: str
+    finish: str  # "stop": an end token came; "length": cut at max_new_tokens
+    version: int  # the optimizer step whose weights wrote it
+    reward: float | None = None  # filled in by the scorer; None: unknown
 
 
 class Prompts:
@@ -53,15 +68,22 @@ class Prompts:
     (by default its size, so that an epoch is every row once) and goes on through its own shuffled order from
     epoch to epoch. A share that is no whole number is carried over: a source that is due less than a row an
     epoch gives one every few epochs.
+
+    valid: rows held out. Sources of rollouts hold (row, completions) groups in place of rows.
     """
 
-    def __init__(self, sources: list[list[Row]], weights: list[float] | None, seed: int):
-        self.sources, self.seed = sources, seed
+    def __init__(self, sources: list[list], weights: list[float] | None, seed: int, valid: Iterable = ()):
+        self.sources, self.seed, self.valid = sources, seed, list(valid)
+        self.dropped = 0  # rows that were too long
+        self.fingerprint = fingerprint([*sources, self.valid])
+        rows = [entry if isinstance(entry, Row) else entry[0] for entry in itertools.chain(*sources, valid)]
+        self.kinds = sorted({row.reward for row in rows})  # of rewards
+        self.to_score = [row for row in itertools.chain(*sources, valid) if isinstance(row, Row)]
         self.epoch_size = sum(len(source) for source in sources)
         weights = weights or [len(source) for source in sources]
         self.shares = [weight / sum(weights) * self.epoch_size for weight in weights]
         self.taken = [[0] * len(sources)]  # rows of each source that all epochs before the k-th take
-        self._epoch = functools.lru_cache(maxsize=2)(self._epoch)
+        self.order = functools.lru_cache(maxsize=2)(self.order)
 
     def _taken(self, epoch: int) -> list[int]:
         """How many rows of each source all epochs before this one take."""
@@ -74,8 +96,8 @@ class Prompts:
             self.taken.append(taken)
         return self.taken[epoch]
 
-    def _epoch(self, epoch: int) -> list[tuple[int, int]]:
-        """The (source, row) pairs of one epoch, in order."""
+    def order(self, epoch: int) -> list[tuple[int, int]]:
+        """The (source, row) indices of one epoch, in order."""
         order, ends = [], self._taken(epoch + 1)
         for j, (source, start, end) in enumerate(zip(self.sources, self._taken(epoch), ends, strict=True)):
             for k in range(start, end):  # the k-th row ever taken from source j
@@ -87,8 +109,10 @@ class Prompts:
     def take(self, cursor: int, count: int) -> list[Row]:
         """`count` rows from `cursor` on: the number of rows used so far, over all ranks; no other state."""
         places = [divmod(position, self.epoch_size) for position in range(cursor, cursor + count)]
-        pairs = [self._epoch(epoch)[offset] for epoch, offset in places]
-        return [self.sources[j][i] for j, i in pairs]
+        return [self.row(*self.order(epoch)[offset]) for epoch, offset in places]
+
+    def row(self, source: int, i: int) -> Row:
+        return self.sources[source][i]
 
 
 def fingerprint(sources: list[list]) -> int:
@@ -97,7 +121,8 @@ def fingerprint(sources: list[list]) -> int:
     """
     crc = 0
     for row in itertools.chain(*sources):
-        crc = zlib.crc32(repr(row).encode(), crc)
+        columns = repr(row.columns) if isinstance(row, Row) and row.columns else ""
+        crc = zlib.crc32(f"{row!r}{columns}".encode(), crc)
     return crc
 
 
@@ -108,25 +133,37 @@ def _permutation(n: int, key: str) -> list[int]:
     return order
 
 
+def load_rows(args: argparse.Namespace, tokenizer, vocab: int, talks: bool) -> Prompts:
+    """What --data or --rollouts, --data-weights and --eval-data ask for; raises as the two below do."""
+
+    def load(names):
+        most, date = args.max_prompt_tokens, args.date
+        return load_prompts(names, tokenizer, vocab, max_tokens=most, date=date, talks=talks)
+
+    if args.rollouts:
+        length = args.max_prompt_tokens + args.max_new_tokens
+        sources, dropped = [load_rollouts(args.rollouts, tokenizer, vocab, max_tokens=length)], 0
+    else:
+        sources, dropped = load(args.data)
+    valid, _ = load(args.eval_data)
+    prompts = Prompts(sources, None if args.rollouts else args.data_weights, args.seed, sum(valid, []))
+    prompts.dropped = dropped
+    return prompts
+
+
 def load_prompts(
-    sources: list[str],
-    tokenizer,
-    vocab: int,
-    check: Callable[[dict], str | None],
-    max_tokens: int,
-    date: str,
-    talks: bool = False,
+    sources: list[str], tokenizer, vocab: int, max_tokens: int, date: str, talks=False, scored=True
 ) -> tuple[list[list[Row]], int]:
     """Loads, checks and tokenizes; returns (the rows of each source, how many were dropped for being too
     long).
 
     sources: .jsonl or .parquet files, or datasets on the hub as `name[:split[:config]]` (split: train).
-    vocab: ids from it on are not the model's. check: what is wrong with the reward fields of a raw row, or
-    None (rewards.complaint). max_tokens: a longer prompt is dropped, never cut: a cut problem has another
-    answer. date: the day (YYYY-MM-DD) that a template with a clock writes. talks: whether progress and
-    warnings are shown.
+    vocab: ids from it on are not the model's. max_tokens: a longer prompt is dropped, never cut: a cut
+    problem has another answer. date: the day (YYYY-MM-DD) that a template with a clock writes. talks: whether
+    progress and warnings are shown. scored: whether each row must say how its completions are scored.
     Raises ArgumentError that names the source and the line or row of the first fault.
     """
+    check = row_fault if scored else (lambda raw: None if raw.get("reward") is None else row_fault(raw))
     loaded = [_load(source, tokenizer, vocab, check, max_tokens, date, talks) for source in sources]
     return [rows for rows, _ in loaded], sum(dropped for _, dropped in loaded)
 
@@ -137,14 +174,17 @@ def _load(source, tokenizer, vocab, check, max_tokens, date, talks) -> tuple[lis
     for number, line in tqdm(raw, desc=f"checking {source}", disable=not talks, leave=False):
         if isinstance(line, dict) and isinstance(line.get("prompt"), list):
             line["prompt"] = _without_none(line["prompt"])
-        complaint = _row_complaint(line)
-        if not complaint:
+        fault = _row_fault(line)
+        if not fault:
             line |= {key: _text(line.get(key)) for key in ("answer", "uid")}
-            complaint = check(line)
-        if complaint:
-            raise ArgumentError(None, f"{source}, {what} {number}: {complaint}")
+            fault = check(line)
+        if fault:
+            raise ArgumentError(None, f"{source}, {what} {number}: {fault}")
         answer, uid = (None if line[key] is None else str(line[key]) for key in ("answer", "uid"))
-        row = Row(line["prompt"], [], line.get("reward"), answer, uid, f"{source} {what} {number}")
+        columns = {key: value for key, value in line.items() if key not in FIELDS}
+        if what == "row":  # parquet and the hub have values that JSON, and so a rollout, cannot hold
+            columns = json.loads(json.dumps(columns, default=str))
+        row = Row(line["prompt"], [], line.get("reward"), answer, uid, f"{source} {what} {number}", columns)
         try:
             texts.append(render(tokenizer, row.messages, date))
         except Exception as error:  # templates raise what they like: jinja2's TemplateError, TypeError, ...
@@ -226,24 +266,21 @@ def rollout_line(row: Row, completions: list, **more) -> str:
     return json.dumps({**more, **vars(row), "completions": [vars(c) for c in completions]}) + "\n"
 
 
-def read_rollout(line: dict, completion: type, where: str) -> tuple[Row, list]:
-    """The (row, completions) group of a line; completion: the class to make of them.
-
-    Raises ArgumentError, which names `where`, for what is no rollout.
-    """
+def read_rollout(line: dict, where: str) -> tuple[Row, list[Completion]]:
+    """The (row, completions) group of a line. Raises ArgumentError, naming `where`, for what is none."""
     try:
         needed = [line[key] for key in ("prompt", "ids", "reward", "answer")]
-        row = Row(*needed, line.get("uid"), line.get("where") or where)
-        completions = [completion(**fields) for fields in line["completions"]]
-        complaint = _rollout_complaint(row, completions)
+        row = Row(*needed, line.get("uid"), line.get("where") or where, line.get("columns") or {})
+        completions = [Completion(**fields) for fields in line["completions"]]
+        fault = _rollout_fault(row, completions)
     except (KeyError, TypeError) as error:
-        complaint = f"no {error}" if isinstance(error, KeyError) else error
-    if complaint:
-        raise ArgumentError(None, f"{where}: not a saved rollout ({complaint})")
+        fault = f"no {error}" if isinstance(error, KeyError) else error
+    if fault:
+        raise ArgumentError(None, f"{where}: not a saved rollout ({fault})")
     return row, completions
 
 
-def _rollout_complaint(row: Row, completions: list) -> str | None:
+def _rollout_fault(row: Row, completions: list) -> str | None:
     """What is wrong with the ids, log-probs, texts and rewards of a group, or None."""
     for ids in (row.ids, *(c.ids for c in completions)):
         if not ids or not all(type(i) is int and i >= 0 for i in ids):
@@ -258,11 +295,11 @@ def _rollout_complaint(row: Row, completions: list) -> str | None:
 
 
 def load_rollouts(
-    paths: list[Path], tokenizer, completion: type, vocab: int, max_tokens: int
-) -> list[tuple[Row, list]]:
-    """The (row, completions) groups that --save-rollouts or evaluate.py wrote; completion: the class to make
-    of them. Their version, a step of another run, becomes 0: they are as old as the training. Rows without a
-    reward of their own, which only an evaluation accepts, are left out.
+    paths: list[Path], tokenizer, vocab: int, max_tokens: int
+) -> list[tuple[Row, list[Completion]]]:
+    """The (row, completions) groups that --save-rollouts or evaluate.py wrote. Their version, a step of
+    another run, becomes 0: they are as old as the training. Rows without a reward of their own, which only
+    an evaluation accepts, are left out.
 
     paths: files, or directories, of which all .jsonl files that hold rollouts count.
     Raises ArgumentError for what is no rollout, was sampled with another tokenizer, or is longer than
@@ -273,7 +310,7 @@ def load_rollouts(
         found = []
         for number, line in read_jsonl(path):
             where = f"{path}, line {number}"
-            row, completions = read_rollout(line, completion, where)
+            row, completions = read_rollout(line, where)
             ids = [[*row.ids, *c.ids] for c in completions]
             longest, largest = max(map(len, ids)), max(map(max, ids))
             if largest >= vocab:
@@ -307,7 +344,7 @@ def _rollout_files(path: Path) -> list[Path]:
     return files
 
 
-def _row_complaint(row) -> str | None:
+def _row_fault(row) -> str | None:
     """What is wrong with a raw row, but for what its reward needs, or None."""
     if not isinstance(row, dict):
         return f"a row is a JSON object, not {json.dumps(row, default=str)[:80]}"
@@ -551,13 +588,11 @@ def prepare(name: str, source: str, revision: str | None, out: Path, splits: dic
 def _parsable(rows: list[dict]) -> tuple[list[dict], int]:
     """The rows whose own solution Math-Verify scores 1 (training could never reward the others), and how
     many are not. The solution is not kept."""
-    import rewards  # the only use of another file of ours here, by the command alone
-
-    verifiers = rewards.Verifiers({"math"}, timeout=5.0, workers=os.cpu_count() or 2)
+    verifiers = Verifiers({"math"}, timeout=5.0, workers=os.cpu_count() or 2)
     found = []
     for start in tqdm(range(0, len(rows), 1024), desc="checking solutions"):
         found += verifiers(
-            [("math", row["answer"], row.pop("solution")) for row in rows[start : start + 1024]]
+            [("math", row["answer"], row.pop("solution"), {}) for row in rows[start : start + 1024]]
         )
     verifiers.close()
     kept = [row for row, reward in zip(rows, found, strict=True) if reward == 1]

@@ -1,22 +1,21 @@
-"""How good a checkpoint is: accuracy with error bars, pass@k, and answer files for AlpacaEval and Arena-Hard.
+"""How good a checkpoint is: accuracy with error bars, pass@k, and files for AlpacaEval and Arena-Hard.
 
     python evaluate.py --model runs/dpo-s10-<time> --data toy/valid.jsonl
     torchrun --nproc-per-node 8 evaluate.py --model meta-llama/Llama-3.1-8B-Instruct --data math500.jsonl
 
-Each problem gets N sampled answers (the paper's evaluation: N = 50, temperature 0.6, top-p 0.9). Rows with a
-verifiable reward are scored by it. The others are chats: their first answers go to the files that AlpacaEval
-and Arena-Hard read, and a reward model or a judge scores them all.
+Each prompt gets N sampled completions (the paper's evaluation: N = 50, temperature 0.6, top-p 0.9). Rows with
+a verifiable reward are scored by it. The others are chats: their first completions go to the files that
+AlpacaEval and Arena-Hard read, and a reward model or a judge scores them all.
 
-Problems are answered in chunks that depend on the settings alone, each with a seed of its own, and a chunk is
-on disk before the next begins: the same command, on any number of ranks, goes on with an interrupted
-evaluation and ends with the answers that it would have had. completions.jsonl holds them as rollouts, a line
-a problem, on which --rollouts can train.
+Prompts are taken in chunks that depend on the settings alone, each with a seed of its own, and a chunk is on
+disk before the next begins: the same command, on any number of ranks, goes on with an interrupted evaluation
+and ends with the completions that it would have had. completions.jsonl holds them as rollouts, a line a
+prompt, on which --rollouts can train.
 """
 
 import argparse
 import json
 import math
-import os
 import random
 import shutil
 import statistics
@@ -28,72 +27,66 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import data
-import policy as policies
-import rewards
-import run as runs
-import sampler as samplers
+import flags
+import processes
+from data import fingerprint, load_prompts, read_jsonl, read_rollout, rollout_line
+from flags import count, day, positive
+from rewards import OPEN_ENDED, Scorer, add_reward_flags
+from run import check_writable, provenance, write_whole
+from sampler import load_sampler, require_sampler
+from tokenizer import load_tokenizer
 
-SAMPLES = 50  # of a verifiable problem, as in the paper; 1 of a chat
-# flags that change nothing in the answers: the same evaluation may go on with others
-FREE = {"out", "name", "pass_k", "gpu_memory", "reward_timeout", "reward_offload", "judge_timeout"}
-FREE |= {"judge_concurrency", "trust_remote_code"}
+SAMPLES = 50  # of a verifiable prompt, as in the paper; 1 of a chat
+# flags that change nothing in the completions: the same evaluation may go on with others
+FREE = {"out", "name", "pass_k", "gpu_memory", "reward_timeout", "reward_workers", "reward_offload"}
+FREE |= {"judge_timeout", "judge_concurrency", "trust_remote_code"}
+LEGEND = """mean: of the prompts' mean rewards; se: its standard error, over drawings and over prompts;
+pass@K: the chance that one of K completions is right, which is a reward of 1 or more"""
+TOY = {  # without --model it is the toy, with values of its own
+    "model": "toy/model", "data": ["toy/valid.jsonl"], "max_prompt_tokens": 24, "max_new_tokens": 8,
+}  # fmt: skip
 
 
-def get_args(argv=None) -> argparse.Namespace:
-    count, size = runs.number(int), runs.number(float)
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = runs.fail
-    add = parser.add_argument
-    folder = os.path.relpath(Path(__file__).parent / "toy")
-    toy = {  # without --model it is the toy, with values of its own
-        "model": f"{folder}/model",
-        "data": [f"{folder}/valid.jsonl"],
-        "max_prompt_tokens": 24,
-        "max_new_tokens": 8,
-    }
+def add_flags(add):
     # fmt: off
     add("--model", help="run directory, model directory or hub name; a run's lengths and date are taken over")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--data", nargs="+", help=".jsonl, .parquet or hub names")
-    add("--date", type=runs.day, help="what a chat template with a clock writes (default: today)")
-    add("--out", type=Path, help="where the answers and results go (default: runs/eval-<model's name>)")
-    add("--name", help="what the answer files call the model (default: its directory or hub name)")
-    add("--samples", type=count, help=f"to each problem (default: {SAMPLES}, as in the paper; of a chat 1)")
-    add("--temperature", type=size, default=0.6, help="of sampling; paper: 0.6")
-    add("--top-p", type=size, default=0.9, help="nucleus sampling; paper: 0.9")
-    add("--greedy", action="store_true", help="one answer each, always the likeliest token")
+    add("--date", type=day, help="what a chat template with a clock writes (default: today)")
+    add("--out", type=Path, help="where the completions and results go (default: runs/eval-<model's name>)")
+    add("--name", help="what the files of completions call the model (default: its directory or hub name)")
+    add("--samples", type=count, help=f"to each prompt (default: {SAMPLES}, as in the paper; of a chat 1)")
+    add("--temperature", type=positive, default=0.6, help="of sampling; paper: 0.6")
+    add("--top-p", type=positive, default=0.9, help="nucleus sampling; paper: 0.9")
+    add("--greedy", action="store_true", help="one completion each, always the likeliest token")
     add("--pass-k", nargs="+", type=count, default=[], metavar="K",
-        help="also print pass@K, the chance that one of K answers is right")
+        help="also print pass@K, the chance that one of K completions is right")
     add("--max-prompt-tokens", type=count, default=1024, help="longer ones are left out")
-    add("--max-new-tokens", type=count, default=2048, help="of an answer; paper: not stated")
-    rewards.add_flags(add, count, size)
-    add("--chunk", type=count, default=1024, help="about how many answers to sample in one call")
+    add("--max-new-tokens", type=count, default=2048, help="of a completion; paper: not stated")
+    add_reward_flags(add)
+    add("--chunk", type=count, default=1024, help="about how many completions to sample in one call")
     add("--sampler", choices=["vllm", "hf"], default="vllm", help="hf: transformers, needs no vLLM")
-    add("--gpu-memory", type=size, default=0.6, help="vLLM's share of a GPU (weights and KV cache)")
+    add("--gpu-memory", type=positive, default=0.6, help="vLLM's share of a GPU (weights and KV cache)")
     add("--seed", type=int, default=0, help="of sampling")
     # fmt: on
-    args = runs.parse(parser, argv, toy)
-    parser.set_defaults(**settings_of_run(args.model))
-    args = parser.parse_args(argv)
 
+
+def get_args(argv=None) -> flags.Flags:
+    args = flags.parse(argv, __doc__, add_flags, TOY)
+    args = flags.parse(argv, __doc__, add_flags, TOY, settings_of_run(args.model))
     if not args.data:
-        parser.error(f"--model {args.model}: needs --data, rows to evaluate on (the toy's go with the toy)")
+        flags.fail(f"--model {args.model}: needs --data, rows to evaluate on (the toy's go with the toy)")
     if args.top_p > 1:
-        parser.error(f"--top-p {args.top_p:g}: a share of the probability, at most 1")
+        flags.fail(f"--top-p {args.top_p:g}: a share of the probability, at most 1")
     if args.gpu_memory >= 1:
-        parser.error(f"--gpu-memory {args.gpu_memory:g}: a share of the GPU, between 0 and 1")
+        flags.fail(f"--gpu-memory {args.gpu_memory:g}: a share of the GPU, between 0 and 1")
     if args.greedy and (args.samples or 1) > 1:
-        parser.error(f"--samples {args.samples}: --greedy gives the same answer every time; leave one out")
+        flags.fail(f"--samples {args.samples}: --greedy gives the same completion every time; leave one out")
     samples = 1 if args.greedy else args.samples or SAMPLES
     if max(args.pass_k, default=1) > samples:
-        parser.error(f"--pass-k {max(args.pass_k)}: needs as many answers to a problem; there are {samples}")
+        flags.fail(f"--pass-k {max(args.pass_k)}: needs as many completions of a prompt; there are {samples}")
     if "/" in (args.name or ""):
-        parser.error(f"--name {args.name}: becomes a file's name, so no /")
+        flags.fail(f"--name {args.name}: becomes a file's name, so no /")
     if args.greedy:
         args.temperature, args.top_p = 0.0, 1.0
     return args
@@ -123,20 +116,20 @@ def read_args(directory: Path) -> dict:
 def settings_of_run(model: str) -> dict:
     """Lengths and date that a model was trained with, where it is a run's directory, or the model/ in one."""
     path = Path(model).resolve()
-    flags = read_args(path.parent if path.name == "model" else path).get("args")
-    flags = flags if isinstance(flags, dict) else {}
-    return {name: flags[name] for name in ("max_prompt_tokens", "max_new_tokens", "date") if flags.get(name)}
+    found = read_args(path.parent if path.name == "model" else path).get("args")
+    found = found if isinstance(found, dict) else {}
+    return {name: found[name] for name in ("max_prompt_tokens", "max_new_tokens", "date") if found.get(name)}
 
 
 def measure_of(reward: str | None) -> str:
-    return {None: "-", "rm": "reward model", "judge": "judge"}.get(reward, "accuracy")
+    return "-" if reward is None else OPEN_ENDED.get(reward, "accuracy")
 
 
 # ---- maths
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """The chance that k of n answers, drawn without putting back, hold a right one: unbiased for pass@k
+    """The chance that k of n completions, drawn without putting back, hold a right one: unbiased for pass@k
     (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
@@ -144,29 +137,30 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 def summary(groups: list[tuple], ks: list[int], verifiable=True) -> dict:
     """What is known from all (row, completions) groups of one source; None where there is too little to tell.
 
-    mean is that over problems of the mean reward of a problem's scored answers. Two ways in which
-    another evaluation would differ: se_samples, the standard error over the N drawings of all problems
+    mean is that over prompts ("problems") of the mean reward of a prompt's scored completions. Two ways in
+    which another evaluation would differ: se_samples, the standard error over the N drawings of all prompts
     (sd_samples, the standard deviation of one drawing, is what the paper's tables seem to print behind the
-    +-), and se_problems, that over problems, as if other problems had been drawn.
+    +-), and se_problems, that over prompts, as if other prompts had been drawn. Right, for pass@k, is a
+    reward of 1 or more.
     """
-    answers = [completions for _, completions in groups]
-    flat = [c for completions in answers for c in completions]
+    drawn = [completions for _, completions in groups]
+    flat = [c for completions in drawn for c in completions]
     problems, drawings = (
         [rewards for part in parts if (rewards := [c.reward for c in part if c.reward is not None])]
-        for parts in (answers, zip(*answers, strict=True))
+        for parts in (drawn, zip(*drawn, strict=True))
     )
     means = [statistics.fmean(rewards) for rewards in problems]
     sd = statistics.stdev(map(statistics.fmean, drawings)) if len(drawings) > 1 else None
     found = {
         "problems": len(groups),
-        "samples": len(answers[0]),
+        "samples": len(drawn[0]),
         "mean": statistics.fmean(means) if means else None,
         "sd_samples": sd,
         "se_samples": None if sd is None else sd / math.sqrt(len(drawings)),
         "se_problems": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
     }
     for k in ks:
-        scored = [(len(rewards), sum(r == 1 for r in rewards)) for rewards in problems]
+        scored = [(len(rewards), sum(r >= 1 for r in rewards)) for rewards in problems]
         enough = [pass_at_k(n, right, k) for n, right in scored if n >= k]
         found[f"pass@{k}"] = statistics.fmean(enough) if enough and verifiable else None
     return found | {
@@ -192,12 +186,12 @@ def table(results: list[dict]) -> str:
 
 
 def settings(args, model: str, sources: list) -> dict:
-    """All that decides what the answers will be: flags, prompts, weights."""
+    """All that decides what the completions will be: flags, prompts, weights."""
     weights = [
         (f.name, f.stat().st_size, f.stat().st_mtime) for f in sorted(Path(model).glob("*.safetensors"))
     ]
-    flags = {name: value for name, value in vars(args).items() if name not in FREE}
-    found = {**flags, "model": model, "rows": data.fingerprint(sources), "weights": weights}
+    found = {name: value for name, value in vars(args).items() if name not in FREE}
+    found = {**found, "model": model, "rows": fingerprint(sources), "weights": weights}
     return json.loads(json.dumps(found))
 
 
@@ -206,7 +200,7 @@ def earlier_settings(out: Path) -> dict:
     if out.exists() and not out.is_dir():
         raise argparse.ArgumentError(None, f"--out {out}: a file, not a directory")
     if not (out / "args.json").exists():
-        runs.check_writable(out)
+        check_writable(out)
         return {}
     found = read_args(out).get("settings")
     if found is None:
@@ -237,15 +231,15 @@ def read_groups(out: Path) -> dict[tuple, tuple]:
     """
     found = {}
     for file in [out / "completions.jsonl", *(out / "completions").glob("*.jsonl")]:
-        for number, line in data.read_jsonl(file) if file.exists() else []:
-            group = data.read_rollout(line, samplers.Completion, f"{file}, line {number}")
+        for number, line in read_jsonl(file) if file.exists() else []:
+            group = read_rollout(line, f"{file}, line {number}")
             found[line["chunk"], line["data"], line["problem"]] = group
     return dict(sorted(found.items()))
 
 
 def write_groups(path: Path, groups: dict[tuple, tuple]):
-    lines = (data.rollout_line(*groups[c, d, i], chunk=c, data=d, problem=i) for c, d, i in groups)
-    runs.write_whole(path, "".join(lines))
+    lines = (rollout_line(*groups[c, d, i], chunk=c, data=d, problem=i) for c, d, i in groups)
+    write_whole(path, "".join(lines))
 
 
 def write_chats(out: Path, name: str, chats: list[tuple]):
@@ -256,15 +250,15 @@ def write_chats(out: Path, name: str, chats: list[tuple]):
         if not row.uid:  # that tool takes the mean length over all that the file holds
             alpaca.append({"instruction": messages[-1]["content"], "output": text, "generator": name})
         else:
-            answer = {"role": "assistant", "content": {"answer": text}}
+            reply = {"role": "assistant", "content": {"answer": text}}
             ids = {"uid": row.uid, "ans_id": uuid.uuid4().hex, "model": name}
-            arena.append({**ids, "messages": [*messages, answer], "tstamp": time.time()})
+            arena.append({**ids, "messages": [*messages, reply], "tstamp": time.time()})
     if alpaca:
-        runs.write_whole(out / "alpaca_eval.json", json.dumps(alpaca, indent=1) + "\n")
+        write_whole(out / "alpaca_eval.json", json.dumps(alpaca, indent=1) + "\n")
     if arena:
         (out / "arena_hard").mkdir(exist_ok=True)
-        lines = "".join(json.dumps(answer) + "\n" for answer in arena)
-        runs.write_whole(out / "arena_hard" / f"{name}.jsonl", lines)
+        lines = "".join(json.dumps(line) + "\n" for line in arena)
+        write_whole(out / "arena_hard" / f"{name}.jsonl", lines)
 
 
 # ---- main
@@ -274,23 +268,28 @@ def main(argv=None):
     args = get_args(argv)
 
     # 1 processes and model
-    samplers.require(args.sampler)
-    rank, world, device = policies.start()
-    dtype = policies.compute_dtype(device)
+    require_sampler(args.sampler)
+    rank, world, device = processes.start()
+    dtype = processes.compute_dtype(device)
     model = find_model(args.model)
     path = Path(args.model).absolute()
     name = args.name or (path.parent if path.name == "model" and path.exists() else path).name
     out = args.out or Path("runs") / f"eval-{name}"
     earlier = earlier_settings(out)
-    args.date = args.date or earlier.get("date") or policies.gather([time.strftime("%Y-%m-%d")])[0]
+    args.date = args.date or earlier.get("date") or processes.gather([time.strftime("%Y-%m-%d")])[0]
 
-    # 2 problems, in chunks: (source, [(number in it, row)], answers to each)
+    # 2 prompts, in chunks: (source, [(number in it, row)], completions of each)
     length = args.max_prompt_tokens + args.max_new_tokens
-    tokenizer, vocab = policies.load_tokenizer(model, length, args.trust_remote_code)
-    stop_ids = samplers.end_tokens(model, tokenizer, vocab, args.trust_remote_code)
-    check = lambda row: None if row.get("reward") is None else rewards.complaint(row)  # noqa: E731
-    limits = (args.max_prompt_tokens, args.date, rank == 0)
-    sources, dropped = data.load_prompts(args.data, tokenizer, vocab, check, *limits)
+    tokenizer, vocab, stop_ids = load_tokenizer(model, length, args.trust_remote_code)
+    sources, dropped = load_prompts(
+        args.data,
+        tokenizer,
+        vocab,
+        max_tokens=args.max_prompt_tokens,
+        date=args.date,
+        talks=rank == 0,
+        scored=False,
+    )
     kind = "rm" if args.reward_model else "judge" if args.judge_url else None
     if kind:  # rows without a reward are then scored by it
         sources = [[replace(row, reward=row.reward or kind) for row in rows] for rows in sources]
@@ -306,37 +305,41 @@ def main(argv=None):
     sizes = [len(part) * n for _, part, n in chunks]
 
     # 3 reward model, scorer, sampler
-    scorer = rewards.Scorer(sum(sources, []), args, device, dtype, talks=rank == 0)
-    engine = (tokenizer, vocab, stop_ids, device, dtype, length, args.gpu_memory, False)
-    sampler = samplers.load_sampler(args.sampler, model, *engine, args.trust_remote_code)
+    scorer = Scorer(sum(sources, []), args, device, dtype, talks=rank == 0)
+    sampler = load_sampler(
+        args.sampler, model, tokenizer=tokenizer, vocab=vocab, stop_ids=stop_ids, device=device,
+        dtype=dtype, max_length=length, gpu_memory=args.gpu_memory, sleep=False, trust=args.trust_remote_code,
+    )  # fmt: skip
 
     # 4 what an interrupted evaluation has left
     done = set()
-    if rank == 0:  # a chunk with an answer that a judge did not score is done again
+    if rank == 0:  # a chunk with a completion that a judge did not score is done again
         scored = Counter(c for (c, *_), group in read_groups(out).items() if not failed(group))
         done = {c for c, (_, part, _) in enumerate(chunks) if scored[c] == len(part)}
         (out / "completions").mkdir(parents=True, exist_ok=True)
-        facts = {"settings": wanted, "ranks": world, **runs.provenance()}
-        runs.write_whole(out / "args.json", json.dumps(facts, indent=1, default=str) + "\n")
-    done = policies.gather([done])[0]
+        facts = {"settings": wanted, "ranks": world, **provenance()}
+        write_whole(out / "args.json", json.dumps(facts, indent=1, default=str) + "\n")
+    done = processes.gather([done])[0]
     todo = [c for c in range(len(chunks)) if c not in done]
     if rank == 0 and done:
-        print(f"{sum(sizes[c] for c in done)} of {sum(sizes)} answers are there already", flush=True)
+        print(f"{sum(sizes[c] for c in done)} of {sum(sizes)} completions are there already", flush=True)
 
     # 5 sample, score, write
     mine = todo[rank::world]
-    bar = tqdm(total=sum(sizes[c] for c in mine), desc="evaluating", unit="answer", disable=rank > 0)
+    bar = tqdm(total=sum(sizes[c] for c in mine), desc="evaluating", unit="completion", disable=rank > 0)
     for c in mine:
         source, part, n = chunks[c]
         seed = random.Random(f"{args.seed} evaluate {c}").getrandbits(63)
-        sampling = (n, args.max_new_tokens, args.temperature, seed, args.top_p)
-        answers = sampler.generate([row.ids for _, row in part], *sampling)
-        groups = {(c, args.data[source], i): (row, a) for (i, row), a in zip(part, answers, strict=True)}
+        ids = [row.ids for _, row in part]
+        completions = sampler.generate(ids, n, args.max_new_tokens, args.temperature, seed, args.top_p)
+        groups = {
+            (c, args.data[source], i): (row, cs) for (i, row), cs in zip(part, completions, strict=True)
+        }
         scorer.score([*groups.values()])
         write_groups(out / "completions" / f"{c}.jsonl", groups)
         bar.update(sizes[c])
     bar.close()
-    policies.gather([rank])  # all of them are on disk
+    processes.gather([rank])  # all of them are on disk
 
     # 6 results
     if rank == 0:
@@ -346,22 +349,22 @@ def main(argv=None):
         by_source = defaultdict(list)
         for (_, source, _), (row, completions) in groups.items():
             by_source[source, measure_of(row.reward)].append((row, completions))
-        chats = [(row, a[0].text) for row, a in groups.values() if measure_of(row.reward) != "accuracy"]
+        chats = [(row, cs[0].text) for row, cs in groups.values() if measure_of(row.reward) != "accuracy"]
         results = [
             {"data": source, "measure": measure, **summary(part, args.pass_k, measure == "accuracy")}
             for (source, measure), part in by_source.items()
         ]
         facts |= {"name": name, "dropped": dropped, "results": results}
-        runs.write_whole(out / "results.json", json.dumps(facts, indent=1, default=str) + "\n")
+        write_whole(out / "results.json", json.dumps(facts, indent=1, default=str) + "\n")
         if chats:
             write_chats(out, name, chats)
-        print(table(results))
-        left_out = f"; {dropped} problems over --max-prompt-tokens were left out" if dropped else ""
-        print(f"{sum(sizes)} answers and results.json: {out}{left_out}", flush=True)
+        print(f"{table(results)}\n{LEGEND}")
+        left_out = f"; {dropped} prompts over --max-prompt-tokens were left out" if dropped else ""
+        print(f"{sum(sizes)} completions and results.json: {out}{left_out}", flush=True)
     scorer.close()
     sampler.close()
-    policies.stop()
+    processes.stop()
 
 
 if __name__ == "__main__":
-    runs.launch(main)
+    processes.launch(main)

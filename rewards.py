@@ -1,16 +1,22 @@
-"""What an answer is worth: verifiers, a reward model, a judge; the row's `reward` says which.
+"""What a completion is worth: verifiers, a reward model, a judge; the row's `reward` says which.
 
-A verifier like `math` hands model output to a computer algebra system: an answer like 9^9^9^9 never returns,
-or takes all memory. So verifiers run in child processes of their own (this file, run as a script: it imports
-neither torch nor vLLM), which are killed at a deadline. What has no verdict, because it overran the deadline
-or the memory limit, broke its worker, or a judge could not be reached or understood, is scored None: such a
-sample leaves its group and is counted, it is never scored 0.
+A verifier like `math` hands model output to a computer algebra system: a completion like 9^9^9^9 never
+returns, or takes all memory. So verifiers run in child processes (this file, run as a script: it imports
+neither torch nor vLLM), which are killed at a deadline. Where the reward is unknown, because the check
+overran the deadline or the memory limit or broke its worker, or because a judge could not be reached or
+understood, it is None: such a completion leaves its group and is counted, it is never scored 0.
+
+A verifier of your own is a function in a file of its own, registered under a name that rows then use:
+
+    @verifier("short")
+    def short(answer, text, /, limit, **columns):  # rows of this reward have a column `limit`
+        return float(text.strip() == answer and len(text) <= limit)
 """
 
 import argparse
-import datetime
+import contextlib
 import functools
-import hashlib
+import inspect
 import itertools
 import json
 import logging
@@ -19,26 +25,52 @@ import os
 import queue
 import re
 import select
-import statistics
+import signal
 import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
 MEMORY = 2 * 2**30  # bytes of address space of a worker
-REPLIES = 20_000  # of a judge that are kept
-BATCH = 32  # answers sent to a worker at a time
+BATCH = 32  # completions sent to a worker at a time
 
 
-def exact(answer: str, text: str) -> float:
+@dataclass(frozen=True)
+class Verifier:
+    function: Callable  # (answer, text, /, **columns of the row) -> reward
+    on_timeout: float | None  # the reward where a check is late or takes its worker down; None: unknown
+    needs_answer: bool
+
+
+VERIFIERS: dict[str, Verifier] = {}
+OPEN_ENDED = {"rm": "reward model", "judge": "judge"}  # rewards that do not say right or wrong
+
+
+def verifier(name: str, *, on_timeout: float | None = None, needs_answer: bool = False) -> Callable:
+    """Registers a function as the reward `name`. It gets the row's reference answer, the text of a completion
+    and, by name, the row's other columns; rows lacking one that it names are refused when they are read. It
+    runs in a worker, which imports the file that it stands in. What it raises makes the reward unknown.
+    """
+
+    def register(function: Callable) -> Callable:
+        VERIFIERS[name] = Verifier(function, on_timeout, needs_answer)
+        return function
+
+    return register
+
+
+@verifier("exact", needs_answer=True)
+def exact(answer: str, text: str, /, **columns) -> float:
     """1 if the completion is the answer, spaces around it aside."""
     return float(text.strip() == answer.strip())
 
 
-def gsm8k(answer: str, text: str) -> float:
+@verifier("gsm8k", needs_answer=True)
+def gsm8k(answer: str, text: str, /, **columns) -> float:
     """1 if the reference answer's number, and nothing else, stands behind the last `####` of the completion,
     up to the end of the line (GSM8K's own format).
     """
@@ -86,13 +118,14 @@ def number(text: str) -> Fraction | None:
     return -value if "-" in (found[1], found[2]) else value
 
 
-def math_verify(answer: str, text: str) -> float:
+@verifier("math", needs_answer=True)
+def math_verify(answer: str, text: str, /, **columns) -> float:
     """Math-Verify with the paper's settings (original code, `_rewards.py`): 1 or 0, no bonus for form or
     length.
 
-    Its own time limits are off, because there a time-out counts as a wrong answer: the worker's deadline
-    stands in. An answer that sympy cannot handle is wrong, as in the original code; one that runs out of
-    memory or stack has no verdict. Raises ValueError where the reference answer cannot be parsed: that says
+    Its own time limits are off, because there a time-out counts as wrong: the worker's deadline stands in. A
+    completion that sympy cannot handle is wrong, as in the original code; the reward of one that runs out of
+    memory or stack is unknown. Raises ValueError where the reference answer cannot be parsed: that says
     nothing about the completion.
     """
     from math_verify import parse, verify
@@ -133,37 +166,42 @@ def _math_configs():
     return (gold,), (LatexExtractionConfig(boxed_match_priority=0),)
 
 
-VERIFIERS = {"exact": exact, "gsm8k": gsm8k, "math": math_verify}  # (reference answer, text) -> reward
-REWARDS = [*VERIFIERS, "rm", "judge"]
-
-
-def complaint(row: dict) -> str | None:
+def row_fault(row: dict) -> str | None:
     """What is wrong with the reward fields of a raw row, or None."""
+    known = ", ".join([*VERIFIERS, *OPEN_ENDED])
     if "reward" not in row:
-        return f"no `reward` (one of {', '.join(REWARDS)})"
-    if not isinstance(row["reward"], str) or row["reward"] not in REWARDS:
-        return f"unknown reward {row['reward']!r} (known: {', '.join(REWARDS)})"
+        return f"no `reward` (one of {known})"
     reward, answer = row["reward"], row.get("answer")
-    if reward in VERIFIERS:
-        known = isinstance(answer, str | int | float | Decimal) and not isinstance(answer, bool)
-        if not known or not str(answer).strip():
-            return f"reward `{reward}` needs an `answer`, a text or a number"
-        if reward == "gsm8k" and gsm8k_number(str(answer)) is None:
-            return f"reward `gsm8k` needs a number as `answer`, not {answer!r}"
+    if not isinstance(reward, str) or (reward not in VERIFIERS and reward not in OPEN_ENDED):
+        return f"unknown reward {reward!r} (known: {known})"
+    if reward in OPEN_ENDED:
+        return None
+    is_answer = isinstance(answer, str | int | float | Decimal) and not isinstance(answer, bool)
+    if VERIFIERS[reward].needs_answer and not (is_answer and str(answer).strip()):
+        return f"reward `{reward}` needs an `answer`, a text or a number"
+    if reward == "gsm8k" and gsm8k_number(str(answer)) is None:
+        return f"reward `gsm8k` needs a number as `answer`, not {answer!r}"
+    for name, parameter in inspect.signature(VERIFIERS[reward].function).parameters.items():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and name not in row:
+            return f"reward `{reward}` needs a column `{name}` (it has: {', '.join(row)})"
     return None
 
 
-def add_flags(add: Callable, count: Callable, size: Callable):
-    """Declares this file's flags; add: a parser's add_argument; count, size: types of numbers above 0."""
+def add_reward_flags(add: Callable):
+    """Declares this file's flags; add: a parser's add_argument."""
+    from flags import count, positive  # here, because a worker that starts has no use for it
+
     # fmt: off
-    add("--reward-timeout", type=size, default=5.0, help="seconds until a verifier leaves an answer unscored")
+    add("--reward-timeout", type=positive, default=5.0, help="seconds that a verifier has for a completion")
+    add("--reward-workers", type=count, default=2, help="processes of each rank in which verifiers run")
     add("--reward-model", help="of rows with reward rm: directory or hub name; paper: Nexusflow/Athene-RM-8B")
     add("--reward-offload", action="store_true", help="the reward model waits in host memory between steps")
     add("--judge-url", help="of rows with reward judge: OpenAI-compatible, as http://127.0.0.1:8000/v1")
     add("--judge-model", help="its name there; the key comes from the environment: JUDGE_API_KEY")
-    add("--judge-pairwise", action="store_true", help="compare all ordered pairs of a group's answers")
-    add("--judge-votes", type=count, default=1, help="judgements of each answer or pair, averaged")
-    add("--judge-timeout", type=size, default=60.0, help="seconds of one request; 3 are tried")
+    add("--judge-pairwise", action="store_true", help="compare all ordered pairs of a group's completions")
+    add("--judge-votes", type=count, default=1, help="judgements of each completion or pair, averaged")
+    add("--judge-timeout", type=positive, default=60.0, help="seconds of one request; 3 are tried")
     add("--judge-concurrency", type=count, default=16, help="requests at one time, of each rank")
     # fmt: on
 
@@ -171,9 +209,9 @@ def add_flags(add: Callable, count: Callable, size: Callable):
 class Scorer:
     """Gives every completion its reward, by the `reward` of its row.
 
-    rows: those whose completions will be scored; args: the values of `add_flags`, and `date`; talks: whether
-    this rank shows progress and warnings. Raises ArgumentError for flags that these rows miss, a reward model
-    that is none, a judge that does not answer, a reference answer that Math-Verify cannot use.
+    rows: those whose completions will be scored; args: the values of `add_reward_flags`, and `date`; talks:
+    whether this rank shows progress and warnings. Raises ArgumentError for flags that these rows miss, a
+    reward model that is none, a judge that does not answer, a reference answer that Math-Verify cannot use.
     """
 
     def __init__(self, rows: list, args, device, dtype, talks: bool):
@@ -186,17 +224,21 @@ class Scorer:
             raise argparse.ArgumentError(None, "rows with reward judge need --judge-url and --judge-model")
         if args.judge_url and "judge" not in kinds:
             raise argparse.ArgumentError(None, f"--judge-url {args.judge_url}: no row has reward judge")
+        from reward_models import Judge, RewardModel  # not in a worker
+
         verifiers = kinds & VERIFIERS.keys()
         self.judge = Judge(args) if "judge" in kinds else None
         self.model = None
         if "rm" in kinds:
             self.model = RewardModel(args.reward_model, device, dtype, args.date, args.reward_offload)
-        self.verifiers = Verifiers(verifiers, args.reward_timeout) if verifiers else None
+        self.verifiers = None
+        if verifiers:
+            self.verifiers = Verifiers(verifiers, args.reward_timeout, args.reward_workers)
         if "math" in kinds:
             check_references(rows, self.verifiers, talks)
 
     def score(self, groups: list):
-        """Fills in `reward` of every completion of (row, completions) groups; None: no verdict."""
+        """Fills in `reward` of every completion of (row, completions) groups; None: unknown."""
         for scorer, kinds in ((self.verifiers, VERIFIERS), (self.model, ["rm"]), (self.judge, ["judge"])):
             part = [group for group in groups if group[0].reward in kinds]
             rewards = scorer.score(part) if part else []
@@ -212,8 +254,8 @@ def check_references(rows: list, verifiers: "Verifiers", talks: bool):
     """Has Math-Verify score, for each reference answer of `math`, the completion that must be right: the
     answer itself, or the number that it plainly is.
 
-    Raises ArgumentError for a row where that gets no verdict, since then no completion gets one. Says on
-    stderr how many answers are read as something else, with an example.
+    Raises ArgumentError for a row where that reward is unknown, since it then is for every completion. Says
+    on stderr how many answers are read as something else, with an example.
     """
     from tqdm import tqdm
 
@@ -225,14 +267,14 @@ def check_references(rows: list, verifiers: "Verifiers", talks: bool):
     quiet, starts = not (talks and answers), range(0, len(answers), 64)
     for start in tqdm(starts, desc="checking reference answers", disable=quiet, leave=False):
         batch = answers[start : start + 64]
-        verdicts = verifiers([("math", answer, rf"$\boxed{{{_as_latex(answer)}}}$") for answer in batch])
-        for answer, verdict in zip(batch, verdicts, strict=True):
-            if verdict is None:
+        found = verifiers([("math", answer, rf"$\boxed{{{_as_latex(answer)}}}$", {}) for answer in batch])
+        for answer, reward in zip(batch, found, strict=True):
+            if reward is None:
                 verifiers.close()
                 reason = f"Math-Verify cannot parse or compare the reference answer {answer!r}"
                 where = next(iter(asked[answer]))
                 raise argparse.ArgumentError(None, f"{where}: {reason}; correct or drop it")
-            misread += [] if verdict else asked[answer].values()
+            misread += [] if reward else asked[answer].values()
     if misread and talks:
         row = misread[0]
         example = f"{_as_latex(row.answer)} counts as wrong where {row.answer!r} is the answer ({row.where})"
@@ -261,7 +303,7 @@ def _as_latex(answer: str) -> str:
 
 
 class Verifiers:
-    """Scores answers in `workers` child processes, with a deadline of `timeout` seconds each.
+    """Scores completions in `workers` child processes, with a deadline of `timeout` seconds each.
 
     kinds: the names of the rewards that will be asked for, so that a worker imports only what they need.
     """
@@ -273,14 +315,21 @@ class Verifiers:
         for _ in range(workers):
             self.idle.put(self._spawn())
 
-    def __call__(self, jobs: list[tuple[str, str, str]]) -> list[float | None]:
-        """The reward of each (reward name, reference answer, text), or None where it could not be had."""
+    def __call__(self, jobs: list[tuple[str, str, str, dict]]) -> list[float | None]:
+        """The reward of each (reward name, reference answer, text, the row's other columns), or None where it
+        is unknown.
+        """
         batches = [jobs[i : i + BATCH] for i in range(0, len(jobs), BATCH)]
         return [reward for batch in self.threads.map(self._score, batches) for reward in batch]
 
     def score(self, groups: list) -> list[float | None]:
         """The reward of every completion of (row, completions) groups."""
-        return self([(row.reward, row.answer, c.text) for row, completions in groups for c in completions])
+        return self(
+            [
+                (row.reward, row.answer, c.text, {"prompt": row.prompt, **row.columns})
+                for row, completions in groups for c in completions
+            ]
+        )  # fmt: skip
 
     def _score(self, jobs) -> list[float | None]:
         """Sends the jobs in one line, reads a line a reward; kills a worker that is late and goes on."""
@@ -290,22 +339,22 @@ class Verifiers:
             while len(rewards) < len(jobs):
                 if worker is None:
                     worker = self._spawn()
-                if not worker.ready:  # imports take a while and are not the answer's fault
+                if not worker.ready:  # imports take a while and are not the completion's fault
                     worker.ready = self._line(worker, timeout=120) == "ready"
                     if not worker.ready:
                         raise RuntimeError("a reward worker did not start: see `python rewards.py 5 math`")
                 try:
                     worker.stdin.write(json.dumps(jobs[len(rewards) :]).encode() + b"\n")
-                except BrokenPipeError:  # it died while idle, which is no answer's fault
+                except BrokenPipeError:  # it died while idle, which is no completion's fault
+                    _kill(worker)
                     worker = None
                     continue
                 while len(rewards) < len(jobs):
                     line = self._line(worker, self.timeout)
-                    if line is None:  # late or dead: the answer in hand is the culprit
-                        worker.kill()
-                        worker.wait()
+                    if line is None:  # late or dead: the completion in hand is the culprit
+                        _kill(worker)
                         worker = None
-                        rewards.append(None)
+                        rewards.append(VERIFIERS[jobs[len(rewards)][0]].on_timeout)
                         break
                     rewards.append(json.loads(line))
         finally:
@@ -322,13 +371,15 @@ class Verifiers:
         return None
 
     def _spawn(self) -> subprocess.Popen:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         patience = math.ceil(self.timeout) + 1
-        command = [sys.executable, os.path.abspath(__file__), str(patience), *sorted(self.kinds)]
+        functions = [VERIFIERS[kind].function for kind in self.kinds]
+        files = {os.path.abspath(inspect.getfile(f)) for f in functions if f.__module__ != __name__}
+        command = [sys.executable, __file__, str(patience), ",".join(sorted(self.kinds)), *sorted(files)]
         # bufsize 0: poll must not overlook lines that Python has already read ahead
         worker = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, process_group=0,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
         worker.ready = False
         return worker
 
@@ -336,279 +387,49 @@ class Verifiers:
         self.threads.shutdown()
         while not self.idle.empty():
             if worker := self.idle.get():
-                worker.kill()
-                worker.wait()
+                _kill(worker)
 
 
-class RewardModel:
-    """A scalar reward model with its own tokenizer and chat template.
-
-    name: directory or hub name of any sequence classifier with one label (Skywork-Reward-V2 and its like: the
-    head reads the last token), or of a model in Athene-RM-8B's layout (`v_head` reads the CLS token that is
-    put behind the conversation); date: the day that a template with a clock writes; offload: park it in host
-    memory between uses; max_tokens: of a conversation, a longer one gets no verdict; batch_tokens: most
-    padded tokens of one forward. Raises ArgumentError for what is not such a model.
-    """
-
-    def __init__(
-        self, name: str, device, dtype, date: str, offload=False, max_tokens=4096, batch_tokens=2**14
-    ):
-        from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-        fail = lambda reason: argparse.ArgumentError(None, f"--reward-model {name}: {reason}")  # noqa: E731
-        try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            self.athene = any(a.startswith(("Athene", "CustomAuto")) for a in config.architectures or [])
-            if not self.athene and config.num_labels != 1:
-                raise fail(f"it has {config.num_labels} labels, a reward model has one")
-            kind = _athene_class() if self.athene else AutoModelForSequenceClassification
-            load = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
-            model, info = kind.from_pretrained(name, **load)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            raise fail(f"cannot be loaded ({reason})") from error
-        if info["missing_keys"]:  # transformers would go on with a random head
-            raise fail(f"no reward model, it lacks {sorted(info['missing_keys'])[0]}")
-        if not self.tokenizer.chat_template:
-            raise fail("its tokenizer has no chat template")
-        if self.athene and self.tokenizer.cls_token_id is None:
-            raise fail("its tokenizer has no CLS token, which Athene's value head reads")
-        self.clock = datetime.date.fromisoformat(date).strftime
-        self.rows = model.get_input_embeddings().num_embeddings
-        probe = self.encode([{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}])
-        back = self.tokenizer.decode(probe)
-        if "1+1=" not in back.replace(" ", ""):
-            reason = f"its tokenizer does not keep its text ('1+1=' comes back as {back[:40]!r})"
-            raise fail(f"{reason}: is a file missing?")
-        self.home = "cpu" if offload else device
-        self.model = model.to(self.home).eval().requires_grad_(False)
-        self.device, self.max_tokens, self.batch_tokens = device, max_tokens, batch_tokens
-
-    def encode(self, conversation: list[dict]) -> list[int]:
-        """Token ids of messages, the last of which is the answer; the template writes the special tokens."""
-        text = self.tokenizer.apply_chat_template(conversation, tokenize=False, strftime_now=self.clock)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids + [self.tokenizer.cls_token_id] if self.athene else ids
-
-    def __call__(self, conversations: list[list[dict]]) -> list[float | None]:
-        """The reward of each conversation; None over `max_tokens`, or with ids beyond its matrix."""
-        import torch
-
-        ids = [self.encode(conversation) for conversation in conversations]
-        short = [i for i in range(len(ids)) if len(ids[i]) <= self.max_tokens and max(ids[i]) < self.rows]
-        batches: list[list[int]] = []
-        for i in sorted(short, key=lambda i: -len(ids[i])):
-            if not batches or (len(batches[-1]) + 1) * len(ids[batches[-1][0]]) > self.batch_tokens:
-                batches.append([])
-            batches[-1].append(i)
-        rewards: list[float | None] = [None] * len(ids)
-        self.model.to(self.device)
-        for batch in batches:
-            # the head reads the last token that is not padding: here an id that no text of the batch has
-            used = {token for i in batch for token in ids[i]}
-            pad = next(token for token in itertools.count() if token not in used)
-            self.model.config.get_text_config().pad_token_id = pad
-            width = len(ids[batch[0]])
-            ids_BL = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in batch]).to(self.device)
-            logits_B1 = self.model(input_ids=ids_BL, attention_mask=(ids_BL != pad).long()).logits
-            for i, reward in zip(batch, logits_B1[:, 0].tolist(), strict=True):
-                rewards[i] = reward
-        self.model.to(self.home)
-        return rewards
-
-    def score(self, groups: list) -> list[float | None]:
-        """The reward of every completion of (row, completions) groups."""
-        return self(
-            [
-                [*row.messages, {"role": "assistant", "content": c.text}]
-                for row, completions in groups for c in completions
-            ]
-        )  # fmt: skip
-
-
-def _athene_class():
-    from torch import nn
-    from transformers import LlamaModel, LlamaPreTrainedModel
-    from transformers.modeling_outputs import SequenceClassifierOutputWithPast
-
-    class Athene(LlamaPreTrainedModel):
-        """Athene-RM-8B's layout: a Llama without output matrix, and a value head on the last token, CLS."""
-
-        def __init__(self, config):
-            super().__init__(config)
-            self.model, self.v_head = LlamaModel(config), nn.Linear(config.hidden_size, 1, bias=False)
-            self.post_init()
-
-        def forward(self, input_ids, attention_mask):
-            hidden_BLH = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            last_B = attention_mask.sum(-1) - 1
-            hidden_BH = hidden_BLH[range(len(last_B)), last_B]
-            return SequenceClassifierOutputWithPast(logits=self.v_head(hidden_BH))
-
-    return Athene
-
-
-POINTWISE = """You will see an instruction and a response to it. Judge how good the response is: is it \
-correct, does it help, does it do what was asked, no more and no less? Explain briefly. Then end with a line:
-<score>N</score>
-where N is from 0 (worthless) to 10 (could not be better).
-
-[Instruction]
-{prompt}
-
-[Response]
-{a}
-
-[End]"""
-
-PAIRWISE = """You will see an instruction and two responses to it. Judge how good each of them is: is it \
-correct, does it help, does it do what was asked, no more and no less? Neither the order nor the length \
-should matter. Explain briefly. Then end with two lines:
-<score_A>N</score_A>
-<score_B>M</score_B>
-where N and M are from 0 (worthless) to 10 (could not be better).
-
-[Instruction]
-{prompt}
-
-[Response A]
-{a}
-
-[Response B]
-{b}
-
-[End]"""
-
-
-def read_score(reply: str, tag: str) -> float | None:
-    """The last <tag>number</tag> of a judge's reply, or None where there is none from 0 to 10."""
-    found = re.findall(rf"<{tag}>\s*(-?[0-9]+(?:\.[0-9]+)?)\s*</{tag}>", reply)
-    return float(found[-1]) if found and 0 <= float(found[-1]) <= 10 else None
-
-
-class Judge:
-    """A language model behind an OpenAI-compatible address that scores answers from 0 to 10.
-
-    Pointwise: the mean of --judge-votes scores. Pairwise: the mean of an answer's scores over all ordered
-    pairs of its group, as in the original code; an answer that stands alone, as in a validation, is judged
-    pointwise. What cannot be reached after 3 tries, or not be understood, does not count; an answer of which
-    nothing counts has no verdict. Replies are kept by content, so that equal questions are asked once. After
-    2 x --judge-concurrency questions in a row without a reply the rest of a step's are not asked: each of
-    them would wait for three time-outs.
-    """
-
-    def __init__(self, args):
-        try:
-            import openai
-        except ImportError as error:
-            raise argparse.ArgumentError(None, "--judge-url: needs `pip install openai`") from error
-        key = os.environ.get("JUDGE_API_KEY") or "none"
-        if not re.match(r"https?://\w", args.judge_url):
-            example = "an address such as http://127.0.0.1:8000/v1"
-            raise argparse.ArgumentError(None, f"--judge-url {args.judge_url}: not {example}")
-        try:
-            self.client = openai.OpenAI(
-                base_url=args.judge_url, api_key=key, timeout=args.judge_timeout, max_retries=2
-            )
-        except Exception as error:  # httpx has its own
-            raise argparse.ArgumentError(None, f"--judge-url {args.judge_url}: {error}") from error
-        self.client.organization = self.client.project = None  # of OpenAI's account, from its environment
-        self.name, self.pairwise, self.votes = args.judge_model, args.judge_pairwise, args.judge_votes
-        self.threads = ThreadPoolExecutor(args.judge_concurrency)
-        self.replies: dict[tuple[bytes, int], str] = {}
-        self.misses = 0  # questions in a row without a reply
-        self.patience = 2 * args.judge_concurrency  # so many of them, and a step's other ones are not asked
-        self.fault = None  # the kind of the last failure, without its text: that may quote the key
-        if self.ask((POINTWISE.format(prompt="1+1=", a="2"), 0)) is None:
-            reason = f"{args.judge_model} does not answer ({self.fault})"
-            raise argparse.ArgumentError(None, f"--judge-url {args.judge_url}: {reason}")
-
-    def ask(self, question: tuple[str, int]) -> str | None:
-        """The reply to (text, number of the vote), or None."""
-        text, vote = question
-        key = (hashlib.sha256(text.encode()).digest(), vote)
-        if key not in self.replies:
-            if self.misses >= self.patience:
-                return None
-            try:
-                reply = self.client.chat.completions.create(
-                    model=self.name, messages=[{"role": "user", "content": text}], seed=vote,
-                    temperature=0.0 if self.votes == 1 else 1.0, max_tokens=2048,
-                )  # fmt: skip
-                if len(self.replies) >= REPLIES:
-                    self.replies.clear()
-                self.replies[key] = reply.choices[0].message.content or ""
-                self.misses = 0
-                return self.replies[key]
-            except Exception as error:  # the network's, the server's, a reply in no known form
-                self.fault = f"{type(error).__name__} {getattr(error, 'status_code', '')}".strip()
-                self.misses += 1
-                return None
-        return self.replies[key]
-
-    def score(self, groups: list) -> list[float | None]:
-        """The reward of every completion of (row, completions) groups."""
-        self.misses = 0
-        questions = []  # (text, [(which completion, tag of its score)])
-        start = 0
-        for row, completions in groups:
-            messages = row.messages
-            role = (lambda m: f"{m['role']}: ") if len(messages) > 1 else (lambda m: "")
-            prompt = "\n\n".join(role(m) + m["content"] for m in messages)
-            texts = [c.text for c in completions]
-            if self.pairwise and len(texts) > 1:
-                for i, j in itertools.permutations(range(len(texts)), 2):
-                    question = PAIRWISE.format(prompt=prompt, a=texts[i], b=texts[j])
-                    questions.append((question, [(start + i, "score_A"), (start + j, "score_B")]))
-            else:
-                for i, text in enumerate(texts):
-                    questions.append((POINTWISE.format(prompt=prompt, a=text), [(start + i, "score")]))
-            start += len(texts)
-        wanted = dict.fromkeys((text, vote) for text, _ in questions for vote in range(self.votes))
-        replies = dict(zip(wanted, self.threads.map(self.ask, wanted), strict=True))
-        scores: list[list[float]] = [[] for _ in range(start)]
-        for text, tags in questions:
-            for vote in range(self.votes):
-                found = [(i, read_score(replies[text, vote] or "", tag)) for i, tag in tags]
-                if all(score is not None for _, score in found):  # half a comparison says nothing
-                    for i, score in found:
-                        scores[i].append(score)
-        return [statistics.fmean(s) if s else None for s in scores]
+def _kill(worker: subprocess.Popen):
+    """With all processes that it has started: a verifier may run code."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
 
 
 def work():
     """The worker: a line of jobs in, a line out for each, until the pipe closes.
 
-    Arguments: seconds after which an answer ends it, should nobody be left to kill it; kinds of rewards.
+    Arguments: seconds after which a check ends it, should nobody be left to kill it; names of the rewards;
+    files that register some of them.
     """
+    import importlib.util
     import resource
-    import signal
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the trainer, which closes the pipe in the end
-    logging.disable(logging.WARNING)  # Math-Verify warns about each answer that it cannot read
-    patience, *kinds = sys.argv[1:]
-    if "math" in kinds:
-        math_verify("1", "$1$")  # imports and caches what the first answer would otherwise pay for
+    logging.disable(logging.WARNING)  # Math-Verify warns about each completion that it cannot read
+    patience, kinds, *files = sys.argv[1:]
+    for number, file in enumerate(files):
+        spec = importlib.util.spec_from_file_location(f"verifiers_{number}", file)
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    if "math" in kinds.split(","):
+        math_verify("1", "$1$")  # imports and caches what the first completion would otherwise pay for
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not look like a reward
     out.write("ready\n")
     for line in sys.stdin:
-        for name, answer, text in json.loads(line):
+        for name, answer, text, columns in json.loads(line):
             signal.alarm(int(patience))
             try:
-                reward = VERIFIERS[name](answer, text)
-            except (
-                Exception
-            ):  # MemoryError, RecursionError, ValueError, ...: no verdict, which is not a wrong answer
+                reward = VERIFIERS[name].function(answer, text, **columns)
+            except Exception:  # MemoryError, RecursionError, ValueError, ...: unknown, which is not wrong
                 reward = None
-            out.write(json.dumps(reward if reward is not None and math.isfinite(reward) else None) + "\n")
+            known = reward is not None and math.isfinite(reward)
+            out.write(json.dumps(float(reward) if known else None) + "\n")
         signal.alarm(0)
 
 
 if __name__ == "__main__":
+    sys.modules["rewards"] = sys.modules["__main__"]  # where the files find `verifier`
     work()

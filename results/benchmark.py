@@ -63,21 +63,24 @@ class Bench:
     def __init__(self, args):
         import torch
 
-        import policy as policies
-        import sampler as samplers
+        import processes
+        from policy import load_policy
+        from sampler import load_sampler
+        from tokenizer import load_tokenizer
 
         self.args, self.found, model = args, {}, args.model
         self.micro_batch_tokens = timed.micro_batch_tokens(args)
         if not set(args.parts) - {"loop", "start", "window"}:
             return
         torch.set_num_threads(args.threads)
-        _, _, self.device = policies.start()
-        self.dtype, length = policies.compute_dtype(self.device), args.prompt_tokens + args.new_tokens
-        tokenizer, self.vocab = policies.load_tokenizer(model, length)
-        stop_ids = samplers.end_tokens(model, tokenizer, self.vocab)
-        self.policy = policies.load_policy(model, self.device, self.vocab, 1.0)
-        engine = (tokenizer, self.vocab, stop_ids, self.device, self.dtype, length, 0.3, False)
-        self.sampler = samplers.load_sampler(args.sampler, model, *engine)
+        _, _, self.device = processes.start()
+        self.dtype, length = processes.compute_dtype(self.device), args.prompt_tokens + args.new_tokens
+        tokenizer, self.vocab, stop_ids = load_tokenizer(model, length)
+        self.policy = load_policy(model, self.device, self.vocab, 1.0)
+        self.sampler = load_sampler(
+            args.sampler, model, tokenizer=tokenizer, vocab=self.vocab, stop_ids=stop_ids, device=self.device,
+            dtype=self.dtype, max_length=length, gpu_memory=0.3, sleep=False, trust=False,
+        )  # fmt: skip
         self.bytes = sum(p.numel() * p.element_size() for p in self.policy.parameters())
         self.rng = random.Random(0)
 
@@ -87,18 +90,20 @@ class Bench:
     def prompts(self, count: int) -> list[list[int]]:
         return [self.ids(self.args.prompt_tokens) for _ in range(count)]
 
-    def rows(self, count: int) -> list:
-        """Rows of a forward for `count` prompts, with answers of heavy-tailed lengths (log-normal)."""
-        rows, most = [], self.args.new_tokens
+    def examples(self, count: int) -> list:
+        """`count` prompts, with completions of heavy-tailed lengths (log-normal)."""
+        from data import Completion, Row
+        from packing import Example
+
+        examples, most = [], self.args.new_tokens
         for prompt in self.prompts(count):
             lengths = [
                 min(most, 1 + int(self.rng.lognormvariate(math.log(most / 4), 1)))
                 for _ in range(self.args.samples)
             ]
-            answers = [self.ids(length) for length in lengths]
-            parts = self.policy.split(len(prompt), lengths, self.micro_batch_tokens)
-            rows += [(prompt, [answers[i] for i in part]) for part in parts]
-        return rows
+            group = [Completion(self.ids(length), [-1.0] * length, "", "stop", 0) for length in lengths]
+            examples.append(Example(Row("", prompt, None, None), group))
+        return examples
 
     def put(self, name: str, values: list[float], unit: str):
         self.found[name] = {"unit": unit, "values": values}
@@ -129,42 +134,48 @@ class Bench:
         for window in others:
             self.put_ratio(f"generate, window of {window} against {first}", speeds[window], speeds[first])
 
-    def forward_backward(self, rows, backward=True):
+    def forward_backward(self, examples, backward=True, packing=True):
         import torch
 
-        import policy as policies
+        from packing import micro_batches
+
+        can = self.policy.shares
 
         def run():
-            widths = [policies.segment_width(*row) for row in rows]
-            for batch in policies.micro_batches(widths, [1] * len(rows), self.micro_batch_tokens):
+            self.policy.shares = can and packing
+            for batch in micro_batches(examples, self.policy, self.micro_batch_tokens):
                 with torch.set_grad_enabled(backward):
-                    logps_BT, _, _ = self.policy(*self.policy.collate([rows[i] for i in batch]))
+                    logps_BT, _ = self.policy(batch)
                     if backward:
                         logps_BT.sum().backward()
             self.policy.zero_grad()
+            self.policy.shares = can
 
         return run
 
     def update(self):
-        rows = self.rows(self.args.prompts)
-        alone = [(prompt, [answer]) for prompt, answers in rows for answer in answers]
-        tokens = sum(len(prompt) + len(answer) for prompt, [answer] in alone)
-        jobs = [self.forward_backward(rows, False), self.forward_backward(rows), self.forward_backward(alone)]
+        examples = self.examples(self.args.prompts)
+        tokens = sum(len(e.row.ids) + len(c.ids) for e in examples for c in e.completions)
+        jobs = [
+            self.forward_backward(examples, backward=False),
+            self.forward_backward(examples),
+            self.forward_backward(examples, packing=False),
+        ]
         forward, both, apart = repeated(self.args.repeats, *jobs)
         self.put("log-probs, forward", [tokens / s for s in forward], "tokens/s")
         self.put("log-probs, forward and backward", [tokens / s for s in both], "tokens/s")
-        self.put_ratio("the same, a row for each answer, against shared prompts", apart, both)
+        self.put_ratio("the same with --no-packing, against it", apart, both)
 
     def padding(self):
-        import policy as policies
+        from packing import micro_batches, split
 
         shares = []
         for _ in range(self.args.repeats):
-            rows = self.rows(self.args.prompts)
-            sizes = [policies.segment_width(*row) for row in rows]
-            batches = policies.micro_batches(sizes, [1] * len(rows), self.micro_batch_tokens)
-            padded = sum(self.policy.collate([rows[i] for i in batch])[0].numel() for batch in batches)
-            shares.append(100 * (1 - sum(sizes) / padded))
+            examples = self.examples(self.args.prompts)
+            sequences = [s for e in examples for s in split(e, self.policy, self.micro_batch_tokens)]
+            batches = micro_batches(examples, self.policy, self.micro_batch_tokens)
+            padded = sum(batch.ids_RL.numel() for batch in batches)
+            shares.append(100 * (1 - sum(sequence.width for sequence in sequences) / padded))
         self.put("padding of the update's tokens", shares, "%")
 
     def reload(self):
@@ -184,28 +195,31 @@ class Bench:
     def save(self):
         import torch
 
-        import checkpoint as checkpoints
-        import window as windows
+        from checkpoint import Checkpoints, Progress
+        from policy import Reference
+        from window import SAMPLING, Rollouts
 
         optimizer = torch.optim.AdamW(self.policy.parameters())
         with tempfile.TemporaryDirectory() as folder:
-            args = SimpleNamespace(keep=1, steps=9, model="", **dict.fromkeys(windows.SAMPLING))
+            args = SimpleNamespace(keep=1, steps=9, model="", **dict.fromkeys(SAMPLING))
             run = SimpleNamespace(
                 directory=Path(folder), facts={}, sizes=dict, say=lambda text: None, args=args
             )
-            window = windows.Rollouts(run.directory, args, None, 0)
-            parts = (run, checkpoints.Progress(), 0, window, self.policy, optimizer, None)
-            [seconds] = repeated(self.args.repeats, lambda: checkpoints.save(*parts))
+            prompts = SimpleNamespace(fingerprint=0)
+            window = Rollouts(run.directory, args, prompts)
+            parts = {"policy": self.policy, "reference": Reference(None, False), "optimizer": optimizer}
+            checkpoints = Checkpoints(run, prompts, window=window, **parts)
+            [seconds] = repeated(self.args.repeats, lambda: checkpoints.save(Progress()))
             size = sum(file.stat().st_size for file in Path(folder).rglob("*.distcp"))
         self.put("save", seconds, "s")
         self.put("save: speed", [size / s / 1e9 for s in seconds], "GB/s")
 
     def linear(self):
         sizes = [8, 32, 128, 256]
-        rows = {size: self.rows(size) for size in sizes}
+        examples = {size: self.examples(size) for size in sizes}
         prompts = {size: self.prompts(size) for size in sizes}
         n = self.args.samples
-        jobs = [self.forward_backward(rows[size]) for size in sizes]
+        jobs = [self.forward_backward(examples[size]) for size in sizes]
         jobs += [
             lambda size=size: self.sampler.generate(prompts[size], n, self.args.new_tokens, 1.0, seed=0)
             for size in sizes
@@ -275,11 +289,11 @@ def main():
         for part in args.parts:
             getattr(bench, part)()
     if args.json:
-        import run as runs
+        from run import provenance, write_whole
 
         flags = {name: str(value) for name, value in vars(args).items()}
-        facts = {"flags": flags, **runs.provenance(), "hardware": timed.hardware(), "figures": bench.found}
-        runs.write_whole(args.json, json.dumps(facts, indent=1, default=str) + "\n")
+        facts = {"flags": flags, **provenance(), "hardware": timed.hardware(), "figures": bench.found}
+        write_whole(args.json, json.dumps(facts, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,21 +17,29 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import policy as policies
+import processes
+from data import Completion, Row
+from packing import Example, Sequence, collate
+from policy import load_policy
 
 
 def measure(way: str, model: str, sequences: int, tokens: int, vocab: int, answer) -> None:
-    _, _, device = policies.start()
+    _, _, device = processes.start()
     if way == "chunked":
-        policy = policies.load_policy(model, device, vocab, 1.0)
+        policy = load_policy(model, device, vocab, 1.0)
     else:
         lm = AutoModelForCausalLM.from_pretrained(model).to(device)
     ids_BL = torch.randint(0, 1000, (sequences, tokens), device=device)
 
     def step(ids_BL):
         if way == "chunked":
-            inputs = policy.collate([(ids[:1], [ids[1:]]) for ids in ids_BL.tolist()])
-            logps_BT, _, _ = policy(*inputs)
+            rows = [
+                Example(
+                    Row("", ids[:1], None, None), [Completion(ids[1:], [0.0] * len(ids[1:]), "", "stop", 0)]
+                )
+                for ids in ids_BL.tolist()
+            ]
+            logps_BT, _ = policy(collate([Sequence(row, [0]) for row in rows], policy))
         else:
             logits_BTV = lm(input_ids=ids_BL).logits[:, :-1].float()
             logps_BT = logits_BTV.log_softmax(-1).gather(-1, ids_BL[:, 1:, None]).squeeze(-1)

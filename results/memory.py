@@ -65,7 +65,7 @@ def activations(shape: Shape, tokens: int, checkpointing: bool) -> int:
 
 def memory(shape: Shape, shard_ranks: int, tokens: int, checkpointing: bool) -> dict[str, float]:
     """Bytes on each GPU by what they are for; tokens: of a micro-batch, padding included."""
-    import policy as policies
+    from policy import CHUNK_LOGITS
 
     share = shape.parameters / shard_ranks
     root = shape.matrix + shape.hidden  # what the root's own forward gathers, for all of its time
@@ -80,7 +80,7 @@ def memory(shape: Shape, shard_ranks: int, tokens: int, checkpointing: bool) -> 
         "whole gradients": (4 + 2 + 4) * root,
         "activations": activations(shape, tokens, checkpointing),
         # of a chunk: logits in bfloat16 and float32, probabilities, gradient in float32 and bfloat16
-        "logits": (2 + 4 + 4 + 4 + 2) * policies.CHUNK_LOGITS,
+        "logits": (2 + 4 + 4 + 4 + 2) * CHUNK_LOGITS,
     }
 
 

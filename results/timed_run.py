@@ -115,10 +115,11 @@ def measure(args, folder: str) -> dict:
     """Trains, with its run in `folder`."""
     found = report()
     sys.path.insert(0, str(ROOT))
-    import rewards
-    import run as runs
     import train_dpo
     import train_grpo
+    from metrics import Sums
+    from rewards import Scorer
+    from run import Run
 
     found["imported"] = time.time()
     plain, found["engine"] = builtins.__import__, 0.0
@@ -131,7 +132,7 @@ def measure(args, folder: str) -> dict:
         return module
 
     builtins.__import__ = timed
-    score, record, sums = rewards.Scorer.score, runs.Run.record, runs.group_sums
+    score, record, sums = Scorer.score, Run.record, Sums.add_groups
 
     def score_and_jitter(self, groups):
         score(self, groups)
@@ -139,9 +140,9 @@ def measure(args, folder: str) -> dict:
             for place, c in enumerate(completions):
                 c.reward += jitter(place)
 
-    def update_begins(step, groups):
+    def update_begins(self, step, groups):
         found["before"].append(forget_peak(found))
-        return sums(step, groups)
+        sums(self, step, groups)
 
     def step_ends(self, metrics):
         record(self, metrics)
@@ -151,7 +152,7 @@ def measure(args, folder: str) -> dict:
         found["answers"].append((1 - metrics["frac_reward_zero_std"]) * args.prompts * args.samples)
         found["update"].append(metrics["time/update"])
 
-    rewards.Scorer.score, runs.Run.record, runs.group_sums = score_and_jitter, step_ends, update_begins
+    Scorer.score, Run.record, Sums.add_groups = score_and_jitter, step_ends, update_begins
     flags = [
         "--model", args.model, "--data", args.data, "--eval-data", args.data, "--eval-every", 0,
         "--sync-steps", args.sync_steps, "--sampler", args.sampler, "--steps", args.steps,

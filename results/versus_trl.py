@@ -209,7 +209,7 @@ def main():
     if importlib.util.find_spec("trl") is None:
         raise SystemExit("TRL is not installed: pip install trl")
     sys.path.insert(0, str(ROOT))
-    import run as runs
+    from run import provenance, write_whole
 
     temporary = tempfile.TemporaryDirectory()
     found, data, folder = {}, str(ROOT / "toy" / "train.jsonl"), temporary.name
@@ -229,8 +229,8 @@ def main():
         if len(same) > 1:
             raise SystemExit(f"{run}: not the same work: (answers a step, threads) are {same}")
         if args.json:  # after each, so that what is measured is kept
-            facts = {"flags": flags, **runs.provenance(), "trl": version("trl"), "hardware": timed.hardware()}
-            runs.write_whole(args.json, json.dumps(facts | {"found": found}, indent=1) + "\n")
+            facts = {"flags": flags, **provenance(), "trl": version("trl"), "hardware": timed.hardware()}
+            write_whole(args.json, json.dumps(facts | {"found": found}, indent=1) + "\n")
     print(f"{' '.join(sys.argv)}\n{json.dumps(timed.hardware())}\n")
     columns = "run", "ours: samples/s", "TRL: samples/s", "ratio", "tokens an answer", "start, s", "peak, GB"
     columns += "update, s", "its peak, GB", "added, GB"

@@ -13,25 +13,66 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-import policy as policies  # noqa: E402
-import sampler as samplers  # noqa: E402
+import processes  # noqa: E402
+from data import Completion, Row  # noqa: E402
+from packing import Example, Sequence, collate, micro_batches  # noqa: E402
+from policy import load_policy  # noqa: E402
+from sampler import load_sampler  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
 
 TOY = ROOT / "toy" / "model"
 
 
+def example(prompt, completions, **learned):
+    """An example of token ids, whose completions the sampler drew with log-probs of -1."""
+    group = [Completion(list(ids), [-1.0] * len(ids), "", "stop", 0) for ids in completions]
+    return Example(Row("", list(prompt), None, None), group, **learned)
+
+
+def forward(policy, groups):
+    """A micro-batch of (prompt, completions), each group a sequence: the batch, log-probs and entropies."""
+    sequences = [Sequence(example(*group), list(range(len(group[1])))) for group in groups]
+    batch = collate(sequences, policy)
+    return batch, *policy(batch)
+
+
+@torch.no_grad()
+def logps_of(policy, sequences, max_tokens=2**14):
+    """The log-probs of each (prompt, completion), however many micro-batches it takes."""
+    examples = [example(prompt, [completion]) for prompt, completion in sequences]
+    found = {}
+    for batch in micro_batches(examples, policy, max_tokens):
+        logps_BT, _ = policy(batch)
+        for (one, _), logps_T, mask_T in zip(batch.origin_B, logps_BT, batch.mask_BT, strict=False):
+            found[id(one)] = logps_T[mask_T]
+    return [found[id(one)] for one in examples]
+
+
+def engine(tokenizer, device, **more):
+    """The arguments of a sampler on the toy."""
+    settings = {
+        "tokenizer": tokenizer,
+        "vocab": 64,
+        "stop_ids": [3],
+        "device": device,
+        "dtype": torch.float32,
+    }
+    return settings | {"max_length": 32, "gpu_memory": 0.3, "sleep": True, "trust": False} | more
+
+
 @pytest.fixture(scope="session")
 def device():
-    return policies.start()[2]
+    return processes.start()[2]
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return policies.load_tokenizer(str(TOY), 64)[0]
+    return load_tokenizer(str(TOY), 64)[0]
 
 
 @pytest.fixture
 def policy(device, tokenizer):
-    return policies.load_policy(str(TOY), device, len(tokenizer), 1.0)
+    return load_policy(str(TOY), device, len(tokenizer), 1.0)
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +95,7 @@ def padded_model(tmp_path_factory, tokenizer):
 def vllm(device, tokenizer, padded_model):
     """One engine for all tests, on the padded model; a test that reloads it brings the weights back."""
     pytest.importorskip("vllm")
-    return samplers.load_sampler(
-        "vllm", padded_model, tokenizer, 64, [3], device, torch.float32, 192, 0.3, True
-    )
+    return load_sampler("vllm", padded_model, **engine(tokenizer, device, max_length=192, gpu_memory=0.3))
 
 
 @pytest.fixture(scope="session")

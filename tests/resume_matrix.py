@@ -11,11 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import policy as policies
-import run as runs
+import processes
 import train_dpo
 import train_grpo
-import window as windows
+import window
 
 DATA = Path(__file__).parent.parent / "toy"
 STEPS = 7
@@ -34,9 +33,9 @@ def argv(directory: Path, s: str) -> list[str]:
 
 
 def main(directory: Path):
-    rank, _, _ = policies.start()
-    windows.CHUNK = 3  # so that 4 steps and more are windows of several chunks, on disk
-    policies.stop = lambda: None  # the ranks stay together from run to run
+    rank, _, _ = processes.start()
+    window.CHUNK = 3  # so that 4 steps and more are windows of several chunks, on disk
+    processes.stop = lambda: None  # the ranks stay together from run to run
     for script, own in FLAGS.items():
         for s, cuts in CUTS.items():
             straight = directory / f"{script.__name__}-{s}"
@@ -54,4 +53,4 @@ def main(directory: Path):
 
 
 if __name__ == "__main__":
-    runs.launch(lambda: main(Path(sys.argv[1])))
+    processes.launch(lambda: main(Path(sys.argv[1])))

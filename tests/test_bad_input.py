@@ -14,8 +14,7 @@ from conftest import ROOT, TOY
 from safetensors.torch import load_file, save_file
 
 import evaluate
-import policy as policies
-import run as runs
+import processes
 import train_dpo
 import train_grpo
 
@@ -166,8 +165,8 @@ CASES = [
     ("--lr 0.0", "--lr: 0.0 is not a number above 0"),
     ("--lr inf", "--lr: inf is not"),
     ("--steps 0", "--steps: 0 is not"),
-    ("--samples-per-prompt 1", "--samples-per-prompt 1: a pair needs 2"),
-    ("--micro-batch-tokens 63", "--micro-batch-tokens 63: a pair can have 64"),
+    ("--samples-per-prompt 1", "--samples-per-prompt 1: a pair, or a group to compare, needs 2"),
+    ("--micro-batch-tokens 63", "--micro-batch-tokens 63: a pair can have 64, 2 x (--max-prompt"),
     ("--max-new-tokens 200", "its context of 128 tokens is less than"),
     ("--gpu-memory 1.2", "--gpu-memory 1.2"),
     ("--data {tmp}/good.jsonl --data-weights 1 2", "--data-weights: 2 weights for 1 sources"),
@@ -193,7 +192,6 @@ CASES = [
     ("--max-failed -1", "--max-failed: -1 is not a number from 0 on"),
     ("--judge-votes 0", "--judge-votes: 0 is not"),
     ("--nll-weight -1", "--nll-weight: -1 is not"),
-    ("--grpo-weight 0.01", "--grpo-weight 0.01: goes with --all-pairs"),
     ("--all-pairs --micro-batch-tokens 255", "--micro-batch-tokens 255: a group can have 256"),
     ("--sampler sglang", "invalid choice: 'sglang'"),
     ("--sync-step 3", "unrecognized arguments: --sync-step 3"),
@@ -208,8 +206,8 @@ CASES = [
 GRPO_CASES = [
     ("--data {tmp}/broken.jsonl", "{tmp}/broken.jsonl, line 17: not JSON"),
     ("--sync-steps 0", "--sync-steps: 0 is not a whole number above 0, nor inf"),
-    ("--samples-per-prompt 1", "--samples-per-prompt 1: a group needs 2"),
-    ("--micro-batch-tokens 31", "--micro-batch-tokens 31: an answer can have 32"),
+    ("--samples-per-prompt 1", "--samples-per-prompt 1: a pair, or a group to compare, needs 2"),
+    ("--micro-batch-tokens 31", "--micro-batch-tokens 31: a completion can have 32"),
     ("--beta -1", "--beta: -1 is not a number from 0 on"),
     ("--loss-norm mean", "invalid choice: 'mean'"),
     ("--clip-low 1", "--clip-low 1: ratios are above 0"),
@@ -230,8 +228,8 @@ EVALUATE_CASES = [
     ("--samples 0", "--samples: 0 is not"),
     ("--top-p 1.5", "--top-p 1.5: a share"),
     ("--temperature 0", "--temperature: 0 is not a number above 0"),
-    ("--greedy --samples 3", "--samples 3: --greedy gives the same answer every time"),
-    ("--pass-k 8 --samples 4", "--pass-k 8: needs as many answers to a problem; there are 4"),
+    ("--greedy --samples 3", "--samples 3: --greedy gives the same completion every time"),
+    ("--pass-k 8 --samples 4", "--pass-k 8: needs as many completions of a prompt; there are 4"),
     ("--pass-k 0", "--pass-k: 0 is not"),
     ("--max-new-tokens 200", "its context of 128 tokens is less than"),
     ("--reward-model {tmp}/labels", "--reward-model {tmp}/labels: no row has reward rm"),
@@ -354,7 +352,7 @@ def test_bad_input(script, flags, said, tmp, device, capsys, monkeypatch):
     monkeypatch.chdir(tmp)
     before = sorted(tmp.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
-        runs.launch(lambda: script.main(argv))
+        processes.launch(lambda: script.main(argv))
     error = capsys.readouterr().err.strip()
     error = error[error.rfind("\r") + 1 :]  # after the progress bars
     error = error.removeprefix(error[: error.find("\n") + 1] if error.startswith("Loading weights") else "")
@@ -386,7 +384,7 @@ def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(ArgumentError, match=r"rank 4 .* has 4 GPU.*--nproc-per-node"):
-        policies.start()
+        processes.start()
 
 
 def test_as_a_command_it_is_one_line_and_exit_code_2(tmp):

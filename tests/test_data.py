@@ -12,8 +12,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 import data
-import rewards
-from sampler import Completion
+from data import Completion
 
 TOY = str(ROOT / "toy" / "train.jsonl")
 
@@ -24,7 +23,7 @@ def write(path, rows):
 
 
 def load(sources, tokenizer, vocab=64, max_tokens=64, date="2026-01-01", talks=False):
-    return data.load_prompts(sources, tokenizer, vocab, rewards.complaint, max_tokens, date, talks)
+    return data.load_prompts(sources, tokenizer, vocab, max_tokens, date, talks)
 
 
 def with_template(template):
@@ -232,7 +231,7 @@ def rollout(*completions, **more):
 
 
 def load_rollouts(tokenizer, *paths):
-    return data.load_rollouts([*paths], tokenizer, Completion, 64, 32)
+    return data.load_rollouts([*paths], tokenizer, 64, 32)
 
 
 def test_what_is_written_is_what_is_read():
@@ -243,11 +242,11 @@ def test_what_is_written_is_what_is_read():
     assert line.endswith("\n") and line.count("\n") == 1
     assert [*json.loads(line)][:2] == ["step", "prompt"] and [*json.loads(line)][-1] == "completions"
     assert json.loads(line)["completions"][0]["logps"] == [-0.1, -1 / 3]
-    again, answers = data.read_rollout(json.loads(line), Completion, "here")
-    assert vars(again) == vars(row) and answers == completions
+    again, group = data.read_rollout(json.loads(line), "here")
+    assert vars(again) == vars(row) and group == completions
     bare = rollout(completion())
     del bare["uid"], bare["where"]
-    assert data.read_rollout(bare, Completion, "here")[0].where == "here"
+    assert data.read_rollout(bare, "here")[0].where == "here"
 
 
 def test_rollouts_come_from_files_and_directories(tokenizer, tmp_path):
@@ -296,13 +295,13 @@ BAD_ROLLOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("line", "complaint"), BAD_ROLLOUTS)
-def test_what_is_no_rollout_is_refused_with_file_and_line(line, complaint, tokenizer, tmp_path):
+@pytest.mark.parametrize(("line", "fault"), BAD_ROLLOUTS)
+def test_what_is_no_rollout_is_refused_with_file_and_line(line, fault, tokenizer, tmp_path):
     write(tmp_path / "a.jsonl", [rollout(completion()), line])
     with pytest.raises(ArgumentError) as error:
         load_rollouts(tokenizer, tmp_path / "a.jsonl")
     said = str(error.value)
-    assert said.startswith(f"{tmp_path}/a.jsonl, line 2: ") and complaint in said and "\n" not in said
+    assert said.startswith(f"{tmp_path}/a.jsonl, line 2: ") and fault in said and "\n" not in said
 
 
 def test_another_tokenizer_with_the_same_ids_is_noticed(tokenizer, tmp_path):
@@ -326,7 +325,7 @@ def test_files_and_directories_without_rollouts_or_rewards_are_refused(tokenizer
     (tmp_path / "broken.jsonl").write_text('{"completions": [')
     (tmp_path / "run").mkdir()
     write(tmp_path / "run" / "metrics.jsonl", [{"step": 0}])
-    for name, complaint in {
+    for name, fault in {
         "unscored.jsonl": ": no completion in it has a reward: evaluate again, with",
         "empty.jsonl": ": no rollouts in it",
         "broken.jsonl": ", line 1: not JSON",
@@ -336,4 +335,4 @@ def test_files_and_directories_without_rollouts_or_rewards_are_refused(tokenizer
     }.items():
         with pytest.raises(ArgumentError) as error:
             load_rollouts(tokenizer, tmp_path / "good.jsonl", tmp_path / name)
-        assert str(error.value).startswith(f"{tmp_path / name}{complaint}")
+        assert str(error.value).startswith(f"{tmp_path / name}{fault}")

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 
 import data
 import evaluate
-import policy as policies
-import rewards
-import sampler as samplers
+import processes
+from data import Completion
+from reward_models import RewardModel
 
 COMMON = ["--temperature", "1", "--top-p", "1", "--samples", "6", "--chunk", "60", "--sampler", "hf"]
 
@@ -40,7 +40,7 @@ def tmp(tmp_path_factory):
 @pytest.fixture
 def keep_group(device, monkeypatch):
     """An evaluation in this process must not end the process group that other tests use."""
-    monkeypatch.setattr(policies, "stop", lambda: None)
+    monkeypatch.setattr(processes, "stop", lambda: None)
 
 
 def read(path):
@@ -48,15 +48,15 @@ def read(path):
 
 
 @pytest.mark.parametrize(("n", "right"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 5), (7, 7)])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, right):
-    answers = [True] * right + [False] * (n - right)
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_completion(n, right):
+    drawings = [True] * right + [False] * (n - right)
     for k in range(1, n + 1):
-        wanted = statistics.fmean(any(drawn) for drawn in itertools.combinations(answers, k))
+        wanted = statistics.fmean(any(drawn) for drawn in itertools.combinations(drawings, k))
         assert evaluate.pass_at_k(n, right, k) == pytest.approx(wanted)
 
 
 def group(*rewards, reward="exact"):
-    completions = [samplers.Completion([1, 2, 3], [-1.0] * 3, "", "stop", 0, r) for r in rewards]
+    completions = [Completion([1, 2, 3], [-1.0] * 3, "", "stop", 0, r) for r in rewards]
     return data.Row("1+2=", [1], reward, "3"), completions
 
 
@@ -71,16 +71,16 @@ def test_summary_by_hand():
     assert found["sd_samples"] == pytest.approx(statistics.stdev(drawings))
     assert found["se_samples"] == pytest.approx(statistics.stdev(drawings) / 2)
     assert found["pass@2"] == pytest.approx((5 / 6 + 0 + 1) / 3)  # 1 - C(2,2)/C(4,2)
-    assert found["pass@4"] == pytest.approx((1 + 0) / 2)  # the third has only 3 scored answers
+    assert found["pass@4"] == pytest.approx((1 + 0) / 2)  # the third has only 3 scored completions
     assert found["length"] == 4 and found["truncated"] == pytest.approx(1 / 12)
 
 
-def test_one_answer_or_one_problem_leave_error_bars_open():
+def test_one_completion_or_one_prompt_leave_error_bars_open():
     found = evaluate.summary([group(1.0)], [])
     assert found["mean"] == 1 and found["se_samples"] is None and found["se_problems"] is None
 
 
-def test_answers_that_nothing_scores_leave_the_mean_open_and_are_no_failures():
+def test_completions_that_nothing_scores_leave_the_mean_open_and_are_no_failures():
     found = evaluate.summary([group(None, None, reward=None)] * 2, [1])
     assert found["mean"] is None and found["pass@1"] is None and found["failed"] == 0
     assert (found["problems"], found["samples"], found["length"]) == (2, 2, 3)
@@ -106,12 +106,12 @@ def test_the_files_agree_with_each_other_and_with_the_model(whole):
     assert sorted(f.name for f in whole.iterdir()) == ["args.json", "completions.jsonl", "results.json"]
 
 
-def test_ranks_do_not_change_the_answers(whole, torchrun, tmp):
+def test_ranks_do_not_change_the_completions(whole, torchrun, tmp):
     torchrun(2, "evaluate.py", "--data", tmp / "valid.jsonl", "--out", tmp / "two", *COMMON)
     assert (tmp / "two" / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_answers(whole, tmp):
+def test_a_killed_evaluation_goes_on_to_the_same_completions(whole, tmp):
     out = tmp / "killed"
     command = [sys.executable, ROOT / "evaluate.py", "--data", tmp / "valid.jsonl", "--out", out, *COMMON]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -126,14 +126,14 @@ def test_a_killed_evaluation_goes_on_to_the_same_answers(whole, tmp):
     [part, *_] = out.glob("completions/*.jsonl")  # and another kill, at the end: a chunk is there twice
     (out / "completions.jsonl").write_bytes(part.read_bytes())
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "answers are there already" in done.stdout
+    assert "completions are there already" in done.stdout
     assert (out / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
     assert sorted(f.name for f in out.iterdir()) == ["args.json", "completions.jsonl", "results.json"]
     results = [json.loads((x / "results.json").read_text())["results"] for x in (out, whole)]
     assert results[0] == results[1]
 
 
-def test_a_chunk_with_an_answer_that_was_not_scored_is_done_again(whole, tmp, keep_group, capsys):
+def test_a_chunk_with_a_completion_that_was_not_scored_is_done_again(whole, tmp, keep_group, capsys):
     out, wanted = tmp / "again", (whole / "completions.jsonl").read_bytes()
     shutil.copytree(whole, out)
     lines = read(out / "completions.jsonl")
@@ -142,11 +142,11 @@ def test_a_chunk_with_an_answer_that_was_not_scored_is_done_again(whole, tmp, ke
     lines[15]["completions"][2]["reward"] = None
     (out / "completions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluate.main(["--data", str(tmp / "valid.jsonl"), "--out", str(out), *COMMON])
-    assert "540 of 600 answers are there already" in capsys.readouterr().out
+    assert "540 of 600 completions are there already" in capsys.readouterr().out
     assert (out / "completions.jsonl").read_bytes() == wanted
 
 
-def test_answers_in_another_form_are_refused_and_kept(whole, tmp, keep_group):
+def test_completions_in_another_form_are_refused_and_kept(whole, tmp, keep_group):
     out = tmp / "other"
     shutil.copytree(whole, out)
     (out / "completions.jsonl").write_text('{"chunk": 0, "problem": 0, "sample": 0, "text": "3"}\n')
@@ -162,7 +162,7 @@ def test_an_evaluation_is_an_offline_set(tmp, tokenizer, keep_group):
     flags = ["--data", tmp / "valid.jsonl", tmp / "chats.jsonl", "--samples", "4", "--chunk", "90"]
     flags += ["--temperature", "0.7", "--top-p", "1", "--sampler", "hf", "--out", out]
     evaluate.main([*map(str, flags)])
-    groups = data.load_rollouts([out], tokenizer, samplers.Completion, 64, 32)
+    groups = data.load_rollouts([out], tokenizer, 64, 32)
     valid = read(tmp / "valid.jsonl") + [{"prompt": "1+1=", "answer": "2"}]  # nothing scores the other chats
     assert [row.prompt for row, _ in groups] == [line["prompt"] for line in valid]
     lm = AutoModelForCausalLM.from_pretrained(TOY)
@@ -196,9 +196,7 @@ def reward_model(tmp_path_factory, tokenizer):
 
 
 def test_a_reward_model_reads_the_last_token_whatever_else_is_in_the_batch(reward_model, tokenizer, device):
-    model = rewards.RewardModel(
-        reward_model, device, torch.float32, "2026-01-01", max_tokens=40, batch_tokens=90
-    )
+    model = RewardModel(reward_model, device, torch.float32, "2026-01-01", max_tokens=40, batch_tokens=90)
     chats = [
         [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
         for q, a in [("1+2=", "3"), ("35+7=", "42"), ("99+98=", "197000"), ("0+0=", ""), ("1+1=", "2" * 50)]
@@ -237,7 +235,7 @@ def test_chats_become_files_for_alpaca_eval_and_arena_hard(reward_model, tmp, ke
     )
 
 
-def test_greedy_is_one_answer_and_always_the_same(tmp, keep_group):
+def test_greedy_is_one_completion_and_always_the_same(tmp, keep_group):
     for name in ("greedy1", "greedy2"):
         seed = ["--seed", name[-1]]
         flags = ["--data", tmp / "valid.jsonl", "--greedy", "--sampler", "hf", "--out", tmp / name]

@@ -1,6 +1,7 @@
 """Machines die, disks fill up, ranks get lost, gradients overflow: what is left, and that it can go on."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -16,13 +17,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import xxhash
 from conftest import ROOT
 from safetensors.torch import load_file
 from test_resume import assert_same, metrics
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import checkpoint as checkpoints
-import window as windows
+import checkpoint
+from checkpoint import Checkpoints, Progress, find_checkpoint
+from flags import Flags
+from policy import Reference
+from window import SAMPLING, Rollouts
 
 SHORT = "--prompts-per-step 5 --samples-per-prompt 4 --sync-steps 4 --sampler hf".split()
 SHORT += ["--eval-every", "0", "--log-samples", "-1"]
@@ -69,8 +74,10 @@ def save(policy, tmp_path):
     optimizer = torch.optim.AdamW(policy.parameters())
     facts = {"args": {"beta": 1, "steps": 9}}
     run = SimpleNamespace(directory=tmp_path, facts=facts, sizes=lambda: {}, say=print, args=Namespace())
-    args = Namespace(model="toy", steps=99, **dict.fromkeys(windows.SAMPLING))
-    window = windows.Rollouts(tmp_path, args, None, 0)
+    args = Namespace(model="toy", steps=99, **dict.fromkeys(SAMPLING))
+    prompts = SimpleNamespace(fingerprint=0)
+    parts = {"policy": policy, "reference": Reference(None, follows=False), "optimizer": optimizer}
+    checkpoints = Checkpoints(run, prompts, window=Rollouts(tmp_path, args, prompts), **parts)
 
     def save(step, keep=2):
         with torch.no_grad():
@@ -79,16 +86,17 @@ def save(policy, tmp_path):
                 p.grad = torch.ones_like(p)
         optimizer.step()
         run.args.keep = keep
-        checkpoints.save(run, checkpoints.Progress(step), 0, window, policy, optimizer, None)
+        checkpoints.save(Progress(step))
 
+    save.load, save.optimizer = checkpoints.load, optimizer
     return save
 
 
 def resume(where, **flags):
-    args = Namespace(resume=str(where), out=None, steps=9, beta=1)
-    if where == "auto":
-        args.out = flags.pop("out")
-    return checkpoints.find(Namespace(**(vars(args) | flags)))
+    args = {"resume": str(where), "out": None, "steps": 9, "beta": 1, "fresh": 5} | flags
+    asked = Flags(**args)
+    asked.defaults = {"beta": 2, "fresh": 5}
+    return find_checkpoint(asked)
 
 
 def shards(directory):
@@ -104,8 +112,8 @@ class Killed(BaseException):
 
 
 STAGES = [
-    (checkpoints, "_write"), (checkpoints, "_sync"), (checkpoints, "write_tensors"),
-    (checkpoints.dcp, "save"), (shutil, "rmtree"), (Path, "rename"), (Path, "mkdir"),
+    (checkpoint, "_write"), (checkpoint, "_sync"), (checkpoint, "write_tensors"), (checkpoint.dcp, "save"),
+    (shutil, "rmtree"), (Path, "rename"), (Path, "mkdir"),
 ]  # fmt: skip
 
 
@@ -166,7 +174,7 @@ def test_killed_at_every_stage_of_saving(save, tmp_path, when):
         if not killed or found.state["step"] == step:  # killed after the renaming, it is there
             whole.append(step)
         assert found.state["step"] == whole[-1]
-        assert checkpoints._fault(found.directory) is None
+        assert checkpoint._fault(found.directory) is None
         for name, tensor in shards(found.directory).items():
             if name.startswith("policy."):
                 assert (tensor - found.state["step"]).abs().max() < 0.1, name
@@ -207,15 +215,59 @@ def test_old_checkpoints_go_and_a_run_that_goes_back_puts_later_ones_aside(save,
         save(step, keep=3)
     folder = tmp_path / "checkpoints"
     assert [d.name for d in sorted(folder.iterdir())] == ["step-000002", "step-000003", "step-000004"]
-    optimizer = torch.optim.AdamW(policy.parameters())
     found = resume(folder / "step-000002")
-    assert checkpoints.load(found, policy, optimizer, None).step == 2
+    assert save.load(found).step == 2
     for p in policy.parameters():
-        assert (p - 2).abs().max() < 0.1 and optimizer.state[p]["exp_avg"].min() > 0.05
-        assert optimizer.state[p]["step"] == 2
+        assert (p - 2).abs().max() < 0.1 and save.optimizer.state[p]["exp_avg"].min() > 0.05
+        assert save.optimizer.state[p]["step"] == 2
     names = ["step-000002", "step-000003.aside", "step-000004.aside"]
     assert [d.name for d in sorted(folder.iterdir())] == names
     assert resume("auto", out=tmp_path).state["step"] == 2
+
+
+def test_a_flag_that_an_older_run_did_not_have_counts_as_its_default(save, tmp_path):
+    save(1)
+    assert resume(tmp_path, fresh=5).state["step"] == 1
+    with pytest.raises(ArgumentError, match=r"another run with --fresh 6 \(was 5\)"):
+        resume(tmp_path, fresh=6)
+    with pytest.raises(ArgumentError, match=r"another run with --beta 2 \(was 1\)"):
+        resume(tmp_path, beta=2)  # the run had it, so that its default does not count
+
+
+def test_a_flag_that_only_an_older_run_has_must_have_been_off(save, tmp_path):
+    state = tmp_path / "checkpoints" / "step-000001" / "state.json"
+    for value, known in ((0.0, True), (0.5, False)):
+        save(1)
+        facts = json.loads(state.read_text())
+        facts["facts"]["args"]["gone"] = value
+        rewrite(state, facts)
+        if known:
+            assert resume(tmp_path).state["step"] == 1
+        else:
+            with pytest.raises(
+                ArgumentError, match=r"the run has --gone 0.5, which this script does not know"
+            ):
+                resume(tmp_path)
+
+
+def test_a_field_that_an_older_state_does_not_have_is_that_of_a_new_run(save, tmp_path):
+    save(1)
+    state = tmp_path / "checkpoints" / "step-000001" / "state.json"
+    fields = json.loads(state.read_text())
+    for name in ("skipped", "skipped_in_a_row", "first", "generators"):
+        del fields[name]
+    rewrite(state, fields)
+    progress = save.load(resume(tmp_path))
+    assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (1, 0, 0)
+    assert progress.first[0] == "accuracy" and math.isnan(progress.first[1])
+
+
+def rewrite(state, fields):
+    """With the manifest's entry for it."""
+    state.write_text(json.dumps(fields))
+    manifest = json.loads((state.parent / "manifest.json").read_text())
+    manifest["state.json"] = [state.stat().st_size, xxhash.xxh3_64_hexdigest(state.read_bytes())]
+    (state.parent / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "metrics.jsonl"])
@@ -317,12 +369,12 @@ FAULTS = {
 def test_a_lost_rank_ends_the_others(tmp_path, fault):
     program = tmp_path / "program.py"
     program.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rewards, run, sampler, train_dpo\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport processes, rewards, sampler, train_dpo\n"
         "real, calls = rewards.Scorer.score, []\n"
         "def score(self, groups):\n    calls.append(1)\n"
         f"    if os.environ['RANK'] == '1' and len(calls) == 3:\n        {FAULTS[fault]}\n"
         "    real(self, groups)\n"
-        "rewards.Scorer.score = score\nrun.launch(train_dpo.main)\n"
+        "rewards.Scorer.score = score\nprocesses.launch(train_dpo.main)\n"
     )
     process = start("--steps", 2000, "--out", tmp_path / "run", program=program, ranks=2)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), process)
@@ -381,10 +433,10 @@ def test_updates_that_are_not_finite_are_skipped(tmp_path, script, loss):
     """Steps 1, 3 and 4 overflow: 1 is passed over, at the second in a row the run saves and stops."""
     program = tmp_path / "program.py"
     program.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport run, {script} as script\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport processes, {script} as script\n"
         f"real, steps = script.{loss}, iter([0, 1, 0, 1, 1, 0])\n"
         f"script.{loss} = lambda *args: real(*args) * (float('inf') if next(steps) else 1)\n"
-        "run.launch(script.main)\n"
+        "processes.launch(script.main)\n"
     )
     run = tmp_path / "run"
     flags = ["--steps", 7, "--max-skipped", 2, "--save-every", 1, "--keep", 9, "--micro-batch-tokens", 99999]

@@ -1,4 +1,4 @@
-"""The judge against scripted answers over real HTTP, and once against a real `vllm serve` on the loopback."""
+"""The judge against scripted replies over real HTTP, and once against a real `vllm serve` on the loopback."""
 
 import argparse
 import json
@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import TOY
 
-import data
-import rewards
+from data import Row
+from reward_models import Judge
 
 CHECK = "1+1="  # the question that a judge is asked before a run starts
 
@@ -66,7 +66,7 @@ def serving(reply):
 
 
 def judge(url, pairwise=False, votes=1, timeout=5.0, concurrency=4):
-    return rewards.Judge(
+    return Judge(
         argparse.Namespace(
             judge_url=url, judge_model="m", judge_pairwise=pairwise, judge_votes=votes, judge_timeout=timeout,
             judge_concurrency=concurrency,
@@ -75,7 +75,7 @@ def judge(url, pairwise=False, votes=1, timeout=5.0, concurrency=4):
 
 
 def group(prompt, *texts):
-    return (data.Row(prompt, [], "judge", None), [SimpleNamespace(text=text) for text in texts])
+    return (Row(prompt, [], "judge", None), [SimpleNamespace(text=text) for text in texts])
 
 
 def test_pointwise_scores_and_what_is_asked():
@@ -105,7 +105,7 @@ def test_pointwise_scores_and_what_is_asked():
         ((400, {"error": {"message": "too long"}}), None),
     ],
 )
-def test_what_cannot_be_understood_is_no_verdict_and_never_0(reply, score):
+def test_what_cannot_be_understood_is_unknown_and_never_0(reply, score):
     with serving(lambda text, _: reply if "odd" in text else "<score>3</score>") as (url, _):
         assert judge(url).score([group("q", "odd", "plain")]) == [score, 3]
 
@@ -167,7 +167,7 @@ def test_a_connection_that_hangs_is_given_up():
         assert time.perf_counter() - started < 10
 
 
-def test_a_judge_that_dies_leaves_no_verdict():
+def test_the_reward_of_a_judge_that_dies_is_unknown():
     with serving(lambda *_: "<score>3</score>") as (url, _):
         asked = judge(url, timeout=1)
         assert asked.score([group("q", "a")]) == [3]
@@ -184,7 +184,7 @@ def test_votes_are_averaged_and_ask_with_different_seeds():
 
 
 def test_pairwise_is_the_mean_over_all_ordered_pairs():
-    """Each answer's score is its number of '!', plus 1 for standing first."""
+    """Each completion's score is its number of '!', plus 1 for standing first."""
 
     def reply(text, _):
         a, b = (text.split(f"[Response {x}]\n")[1].split("\n")[0].count("!") for x in "AB")

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import example
 
-from train_dpo import dpo_loss, grpo_loss, lay_out, pair_losses, pick_pairs
+from train_dpo import batch_loss, dpo_loss, make_examples, mean_chosen_length, pick_pairs
 
 
 def test_loss_is_log_2_where_the_policy_is_the_reference():
@@ -35,7 +36,7 @@ def pair(rewards, seed=0, every=False):
     return pick_pairs(rewards, random.Random(seed), every)
 
 
-def test_a_pair_is_a_right_and_a_wrong_answer_and_depends_on_the_seed_alone():
+def test_a_pair_is_a_right_and_a_wrong_completion_and_depends_on_the_seed_alone():
     group = [0, 1, None, 1, 0, 0]
     drawn = [pair(group, seed) for seed in range(200)]
     assert {chosen for [(chosen, _)] in drawn} == {1, 3} and {rejected for [(_, rejected)] in drawn} == {
@@ -57,63 +58,50 @@ def test_no_pair_without_a_difference(rewards, every):
     assert pair(rewards, every=every) == []
 
 
-def test_all_pairs_are_all_of_a_better_and_a_worse_answer():
+def test_all_pairs_are_all_of_a_better_and_a_worse_completion():
     assert pair([1, 0, None, 1, 0], every=True) == [(0, 1), (0, 4), (3, 1), (3, 4)]
     assert pair([0.1, 0.3, 0.2], every=True) == [(1, 0), (1, 2), (2, 0)]
 
 
-def unit(prompt, rewards, pairs):
-    return prompt, [SimpleNamespace(reward=reward, ids=[i]) for i, reward in enumerate(rewards)], pairs
+def test_each_prompt_draws_its_pair_with_a_seed_of_its_own(device):
+    """Step, seed and the prompt's number in the step decide, and nothing that was drawn before."""
+    group = [SimpleNamespace(reward=reward) for reward in (1, 0, 1, 0, 1, None)]
+    draw = lambda step, n: [  # noqa: E731
+        e.pairs for e in make_examples([(None, group)] * n, step, SimpleNamespace(seed=5, all_pairs=False))
+    ]
+    whole = draw(3, 40)
+    assert draw(3, 10) == whole[:10] and draw(4, 40) != whole
+    assert {pair for [pair] in whole} == {(i, j) for i in (0, 2, 4) for j in (1, 3)}
 
 
-def test_pairs_are_places_in_a_forward_over_all_answers():
-    units = [unit([7], [1, 0], [(0, 1)]), unit([8], [0, 1], [(1, 0)]), unit([9], [1, 0], [(0, 1)])]
-    chosen_P, rejected_P, weight_P, _, _ = lay_out(units, "cpu")
-    assert (chosen_P.tolist(), rejected_P.tolist()) == ([0, 3, 4], [1, 2, 5])
-    assert weight_P.tolist() == [1, 1, 1]
+def test_the_mean_length_of_chosen_completions_weighs_each_prompt_alike(device):
+    """Chosen lengths 3 and 5 of one prompt, 2 of another; a prompt without a pair does not count."""
+    ids = lambda *lengths: [[4] * n for n in lengths]  # noqa: E731
+    examples = [
+        example([1], ids(3, 9, 5), pairs=[(0, 1), (2, 1)]), example([1], ids(7, 2), pairs=[(1, 0)]),
+        example([1], ids(100, 100), pairs=[]),
+    ]  # fmt: skip
+    assert mean_chosen_length(examples) == pytest.approx(((3 + 5) / 2 + 2) / 2)
+    assert mean_chosen_length([]) == 0
 
 
-def test_every_prompt_weighs_the_same_however_many_pairs_it_has():
-    units = [unit([7], [1, 0, 0], [(0, 1), (0, 2)]), unit([8], [0, 1], [(1, 0)])]
-    chosen_P, rejected_P, weight_P, adv_B, share_B = lay_out(units, "cpu")
-    assert [*zip(chosen_P.tolist(), rejected_P.tolist(), strict=True)] == [(0, 1), (0, 2), (4, 3)]
-    assert weight_P.tolist() == [0.5, 0.5, 1]
-    assert share_B.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2])
-    # rewards 1, 0, 0: mean 1/3, standard deviation sqrt(1/3); rewards 0, 1: mean 1/2, sqrt(1/2)
-    wanted = [2 / 3 / 3**-0.5, -1 / 3 / 3**-0.5, -1 / 3 / 3**-0.5, -0.5 / 0.5**0.5, 0.5 / 0.5**0.5]
-    assert adv_B.tolist() == pytest.approx(wanted, abs=1e-5)
-
-
-def test_nothing_to_lay_out():
-    assert [len(tensor) for tensor in lay_out([], "cpu")] == [0] * 5
-
-
-def test_grpo_term_by_hand():
-    logps_BT = torch.tensor([[-1.0, -2.0, 0.0], [-0.5, 0.0, 0.0]], requires_grad=True)
-    ref_BT = torch.tensor([[-1.0, -2.0 + math.log(2), 0.0], [-0.5, 0.0, 0.0]])
-    mask_BT = torch.tensor([[True, True, False], [True, False, False]])
-    loss_B = grpo_loss(logps_BT, ref_BT, mask_BT, torch.tensor([2.0, -1.0]), beta=0.1)
-    assert loss_B.tolist() == pytest.approx([-4 + 0.1 * (1 - math.log(2)), 1.0])
-    loss_B.sum().backward()
-    assert logps_BT.grad.tolist()[0] == pytest.approx([-2, -2 + 0.1 * (1 - 2), 0])
-    assert logps_BT.grad.tolist()[1] == pytest.approx([1, 0, 0])
-
-
-CHOSEN, REJECTED = torch.tensor([0]), torch.tensor([1])
-MASK = torch.tensor([[True, True, False, False], [True, True, True, True]])
+BATCH = SimpleNamespace(
+    chosen_P=torch.tensor([0]), rejected_P=torch.tensor([1]), weight_P=torch.tensor([1.0]),
+    mask_BT=torch.tensor([[True, True, False, False], [True, True, True, True]]),
+)  # fmt: skip
 
 
 def losses(beta=0.5, nll_weight=0.0, entropy_weight=0.0, length_normalize=False):
-    """Log-ratios: chosen 1 + 1 over 2 tokens, rejected -1 over 4."""
+    """Log-ratios: chosen 1 + 1 over 2 tokens, rejected -1 over 4; 3 chosen tokens on average."""
     args = SimpleNamespace(
         beta=beta, nll_weight=nll_weight, entropy_weight=entropy_weight, length_normalize=length_normalize
     )
     logps_BT = torch.tensor([[-1.0, -2.0, 0, 0], [-2.0, -1.0, -1.0, -1.0]], requires_grad=True)
     ref_BT = torch.tensor([[-2.0, -3.0, 0, 0], [-1.0, -1.0, -1.0, -1.0]])
     entropy_BT = torch.tensor([[0.5, 1.5, 0, 0], [3.0, 3.0, 3.0, 3.0]], requires_grad=True)
-    loss_P, implicit_B = pair_losses(logps_BT, ref_BT, entropy_BT, MASK, CHOSEN, REJECTED, 3.0, args)
-    loss_P.sum().backward()
-    return loss_P.item(), implicit_B.tolist(), logps_BT.grad, entropy_BT.grad
+    loss, implicit_B = batch_loss(BATCH, logps_BT, ref_BT, entropy_BT, 3.0, args)
+    loss.backward()
+    return loss.item(), implicit_B.tolist(), logps_BT.grad, entropy_BT.grad
 
 
 def test_without_ablations_it_is_the_dpo_loss():
@@ -133,7 +121,7 @@ def test_nll_is_a_mean_over_the_steps_chosen_tokens():
     plain, _, plain_grad, _ = losses()
     assert loss - plain == pytest.approx(
         0.6 * 3.0 / 3.0
-    )  # -log p of the chosen answer is 3, 3 tokens on average
+    )  # -log p of the chosen one is 3, 3 tokens on average
     wanted = [
         [-0.2, -0.2, -0.2, -0.2],
         [0.0, 0.0, 0.0, 0.0],
@@ -141,8 +129,21 @@ def test_nll_is_a_mean_over_the_steps_chosen_tokens():
     assert (grad - plain_grad).flatten().tolist() == pytest.approx(sum(wanted, []), abs=1e-6)
 
 
-def test_entropy_of_the_chosen_answer_is_rewarded():
+def test_entropy_of_the_chosen_completion_is_rewarded():
     loss, _, _, grad = losses(entropy_weight=0.1)
     plain, *_ = losses()
     assert loss - plain == pytest.approx(-0.1 * (0.5 + 1.5) / 2)
     assert grad[0, :2].tolist() == pytest.approx([-0.05, -0.05]) and not grad[1].any()
+
+
+def test_a_loss_is_a_mean_over_the_pairs_of_a_prompt_and_a_sum_over_prompts():
+    """Two pairs of one prompt, one of another: log-ratio margins 0, 2 and 4."""
+    args = SimpleNamespace(beta=1.0, nll_weight=0.0, entropy_weight=0.0, length_normalize=False)
+    batch = SimpleNamespace(
+        chosen_P=torch.tensor([0, 1, 3]), rejected_P=torch.tensor([2, 2, 4]),
+        weight_P=torch.tensor([0.5, 0.5, 1.0]), mask_BT=torch.ones(5, 1, dtype=torch.bool),
+    )  # fmt: skip
+    logps_BT = torch.tensor([[-3.0], [-1.0], [-3.0], [-1.0], [-5.0]])
+    loss, _ = batch_loss(batch, logps_BT, torch.zeros(5, 1), torch.zeros(5, 1), 1.0, args)
+    by_hand = [math.log(1 + math.exp(-margin)) for margin in (0, 2, 4)]
+    assert loss.item() == pytest.approx(0.5 * by_hand[0] + 0.5 * by_hand[1] + by_hand[2], abs=1e-6)

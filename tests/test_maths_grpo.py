@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import forward
 
-import policy as policies
+from policy import clip_gradients
 from train_grpo import advantages, kl_to_reference, policy_loss, token_weight
 
 CLIP = (0.2, 0.3, 2.0)  # low, high, cap
@@ -22,7 +23,7 @@ def test_advantages_by_hand():
     assert advantages([2.5, -1.5], std_norm=False) == [2.0, -2.0]
 
 
-def test_an_answer_without_a_verdict_leaves_its_group():
+def test_a_completion_of_unknown_reward_leaves_its_group():
     assert advantages([1, None, 0, 0, 0], std_norm=False) == [0.75, None, -0.25, -0.25, -0.25]
 
 
@@ -95,21 +96,21 @@ def test_far_apart_log_probs_give_no_nan():
 @pytest.mark.parametrize(
     ("norm", "wanted"),
     [
-        ("sum", (1 + 2 + 3 + 10) / 4),  # tokens summed, a mean over the step's 4 answers
-        ("seq", (2 + 10) / 4),  # each answer's mean
+        ("sum", (1 + 2 + 3 + 10) / 4),  # tokens summed, a mean over the step's 4 completions
+        ("seq", (2 + 10) / 4),  # each completion's mean
         ("token", (1 + 2 + 3 + 10) / 40),  # over the step's 40 tokens
     ],
 )
 def test_denominators_by_hand(norm, wanted):
-    """Two of a step's four answers: token losses 1, 2, 3 and 10."""
+    """Two of a step's four completions: token losses 1, 2, 3 and 10."""
     weight_B = token_weight(norm, torch.tensor([3, 1]), 4, 40)
     assert (torch.tensor([6.0, 10.0]) * weight_B).sum().item() == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("norm", ["seq", "token", "sum"])
-def test_an_empty_answer_adds_0_and_no_nan(norm, policy, device, prompts):
-    inputs = policy.collate([(prompts[0], [[]]), (prompts[1], [[5, 6]])])
-    logps_BT, _, mask_BT = policy(*inputs)
+def test_an_empty_completion_adds_0_and_no_nan(norm, policy, device, prompts):
+    batch, logps_BT, _ = forward(policy, [(prompts[0], [[]]), (prompts[1], [[5, 6]])])
+    mask_BT = batch.mask_BT
     loss_BT, _ = policy_loss(logps_BT, logps_BT.detach(), torch.tensor([1.0, -1.0]), False, *CLIP)
     weight_B = token_weight(norm, mask_BT.sum(-1), 2, 2)
     loss_B = ((loss_BT + kl_to_reference(logps_BT, logps_BT.detach())) * mask_BT).sum(-1) * weight_B
@@ -117,5 +118,5 @@ def test_an_empty_answer_adds_0_and_no_nan(norm, policy, device, prompts):
     assert loss_B[0].item() == 0 and loss_B[1].item() == pytest.approx(
         {"sum": 1, "seq": 0.5, "token": 1}[norm]
     )
-    norm = policies.clip_gradients(policy, 1.0)
+    norm = clip_gradients(policy, 1.0)
     assert math.isfinite(norm) and norm > 0

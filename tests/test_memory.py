@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, forward
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(ROOT / "results"))
@@ -15,7 +15,7 @@ TOY_SHAPE = Shape(128, 4, 4, 4, 256, 64)
 
 def test_parameters_and_what_is_kept_for_each(policy):
     optimizer = torch.optim.AdamW(policy.parameters(), foreach=True)
-    logps_BT, _, _ = policy(*policy.collate([([5, 6], [[7, 3]])]))
+    _, logps_BT, _ = forward(policy, [([5, 6], [[7, 3]])])
     logps_BT.sum().backward()
     optimizer.step()
     size = lambda tensors: sum(t.nbytes for t in tensors)  # noqa: E731

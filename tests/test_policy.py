@@ -1,17 +1,18 @@
-"""Log-probs against Hugging Face's own logits, micro-batches, full weights, export."""
+"""Log-probs against Hugging Face's own logits, the reference, full weights, export."""
 
 import copy
 import math
-import random
 from argparse import ArgumentError
 
 import pytest
 import torch
-from conftest import TOY
-from safetensors.torch import load_file
+from conftest import TOY, example, forward, logps_of
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import policy as policies
+from export import export
+from packing import Sequence, collate
+from policy import Policy, Reference, TokenLogps, clip_gradients, load_policy, load_reference, local
+from tokenizer import load_tokenizer
 
 SEQUENCES = [
     ([1, 5, 41, 8, 2], [9, 8, 3]),
@@ -38,20 +39,20 @@ def logps_by_transformers(directory, sequences, vocab, temperature=1.0, left=0):
 @pytest.mark.parametrize("left", [0, 4])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logps_equal_log_softmax_of_transformers(device, tokenizer, left, temperature, monkeypatch):
-    monkeypatch.setattr(policies, "CHUNK_LOGITS", 64 * 5)  # several chunks of 5 tokens
-    policy = policies.load_policy(str(TOY), device, len(tokenizer), temperature)
+    monkeypatch.setattr("policy.CHUNK_LOGITS", 64 * 5)  # several chunks of 5 tokens
+    policy = load_policy(str(TOY), device, len(tokenizer), temperature)
     sequences = copy.deepcopy(SEQUENCES)
-    got = policy.logps(sequences, 64)
+    got = logps_of(policy, sequences, 64)
     assert sequences == SEQUENCES
     for mine, theirs in zip(got, logps_by_transformers(TOY, SEQUENCES, 64, temperature, left), strict=True):
         assert mine.tolist() == pytest.approx(theirs.tolist(), rel=1e-6, abs=1e-5)
 
 
 def test_ids_beyond_the_tokenizer_have_no_probability(device, tokenizer, padded_model):
-    policy = policies.load_policy(padded_model, device, len(tokenizer), 1.0)
+    policy = load_policy(padded_model, device, len(tokenizer), 1.0)
     wanted = logps_by_transformers(padded_model, SEQUENCES, len(tokenizer))
     wrong = logps_by_transformers(padded_model, SEQUENCES, len(tokenizer) + 16)
-    for mine, theirs, other in zip(policy.logps(SEQUENCES, 64), wanted, wrong, strict=True):
+    for mine, theirs, other in zip(logps_of(policy, SEQUENCES, 64), wanted, wrong, strict=True):
         assert mine.tolist() == pytest.approx(theirs.tolist(), rel=1e-6, abs=1e-5)
         assert (mine - other).abs().max() > 0.01
 
@@ -62,12 +63,18 @@ def alone(sequences):
 
 
 def test_inputs_are_unchanged_and_the_mask_is_the_completion_with_its_end(policy):
-    inputs = policy.collate(alone(SEQUENCES))
-    before = copy.deepcopy(inputs)
-    logps_BT, entropy_BT, mask_BT = policy(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True) if a is not None)
+    sequences = [Sequence(example(prompt, [completion]), [0]) for prompt, completion in SEQUENCES]
+    batch = collate(sequences, policy)
+    before = copy.deepcopy(batch)
+    logps_BT, entropy_BT = policy(batch)
+    for name, tensor in vars(before).items():
+        if isinstance(tensor, torch.Tensor):
+            assert torch.equal(getattr(batch, name), tensor)
+    mask_BT = batch.mask_BT
     assert mask_BT.sum(-1).tolist() == [len(completion) for _, completion in SEQUENCES]
-    assert inputs[5].tolist() == sum((completion for _, completion in SEQUENCES), [])  # with its end token, 3
+    assert batch.target_N.tolist() == sum(
+        (completion for _, completion in SEQUENCES), []
+    )  # with its end token, 3
     assert (logps_BT[~mask_BT] == 0).all() and (entropy_BT[~mask_BT] == 0).all()
     assert (logps_BT[mask_BT] < 0).all()
 
@@ -105,7 +112,7 @@ def tiny(family, more, directory):
 
 
 def weighted(logps, entropy, b):
-    """Of answer b: a sum in which each token's log-prob and entropy weighs something else."""
+    """Of completion b: a sum in which each token's log-prob and entropy weighs something else."""
     return ((logps + 0.1 * entropy) * torch.arange(8 * b + 1, 8 * b + 1 + len(logps))).sum()
 
 
@@ -113,10 +120,11 @@ def plain_logps_entropies_gradient(directory, sequences, vocab, temperature):
     """The model's own logits, one sequence at a time, and autograd through all of them."""
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     logps, entropies, total = [], [], 0.0
-    for b, (prompt, answer) in enumerate(sequences):
-        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : len(prompt + answer) - 1]
+    for b, (prompt, completion) in enumerate(sequences):
+        ids = prompt + completion
+        logits = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : len(ids) - 1]
         all_logps = (logits[:, :vocab] / temperature).log_softmax(-1)
-        logps.append(all_logps.gather(-1, torch.tensor(answer, dtype=torch.int64)[:, None])[:, 0])
+        logps.append(all_logps.gather(-1, torch.tensor(completion, dtype=torch.int64)[:, None])[:, 0])
         entropies.append(-(all_logps.exp() * all_logps).sum(-1))
         total = total + weighted(logps[-1], entropies[-1], b)
     total.backward()
@@ -126,21 +134,21 @@ def plain_logps_entropies_gradient(directory, sequences, vocab, temperature):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_entropies_and_gradient_are_the_plain_models(family, device, tmp_path):
-    """Answers that share the row of their prompt, and a row for each; a vocabulary padded by 4 ids."""
+    """Completions that share the row of their prompt, and a row for each; a vocabulary padded by 4 ids."""
     directory = tiny(family, FAMILIES[family], tmp_path)
-    apart = [(prompt, [answer]) for prompt, answers in SHARED for answer in answers]
-    plain = [(prompt, answer) for prompt, [answer] in apart]
+    apart = [(prompt, [completion]) for prompt, completions in SHARED for completion in completions]
+    plain = [(prompt, completion) for prompt, [completion] in apart]
     logps, entropies, gradient = plain_logps_entropies_gradient(directory, plain, 60, 0.8)
-    policy = policies.load_policy(directory, device, 60, 0.8)
+    policy = load_policy(directory, device, 60, 0.8)
     assert policy.shares == (family not in ("gemma2", "gemma3_text"))  # which have layers of a sliding window
-    for segments, rows in ((SHARED, 2), (apart, 9)) if policy.shares else ((apart, 9),):
-        inputs = policy.collate(segments)
-        assert inputs[0].shape[0] == rows
-        logps_BT, entropy_BT, mask_BT = policy(*inputs)
+    for groups, rows in ((SHARED, 2), (apart, 9)) if policy.shares else ((apart, 9),):
+        batch, logps_BT, entropy_BT = forward(policy, groups)
+        assert batch.ids_RL.shape[0] == rows
+        mask_BT = batch.mask_BT
         assert torch.allclose(logps_BT[mask_BT], logps, atol=1e-5)
         assert torch.allclose(entropy_BT[mask_BT], entropies, atol=1e-5)
         sum(weighted(logps_BT[b][m], entropy_BT[b][m], b) for b, m in enumerate(mask_BT)).backward()
-        mine = {name: policies.local(p.grad) for name, p in policy.lm.named_parameters()}
+        mine = {name: local(p.grad) for name, p in policy.lm.named_parameters()}
         for name, wanted in gradient.items():
             assert (mine[name] - wanted).norm() <= 1e-5 * wanted.norm() + 1e-6, name
         policy.zero_grad()
@@ -160,14 +168,14 @@ def test_a_family_that_makes_its_logits_in_another_way_is_refused(family, more, 
     directory = tiny(family, more, tmp_path)
     AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).save_pretrained(directory)
     with pytest.raises(ArgumentError, match=r"differ from \w+ForCausalLM's own by \d[.\d]* nats on average"):
-        policies.load_policy(directory, device, 60, 1.0)
+        load_policy(directory, device, 60, 1.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rounding_to_bfloat16_is_no_reason_to_refuse(family, device, tmp_path):
     directory = tiny(family, FAMILIES[family], tmp_path)
     AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).save_pretrained(directory)
-    policies.load_policy(directory, device, 60, 1.0)
+    load_policy(directory, device, 60, 1.0)
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -176,53 +184,21 @@ def test_models_whose_layers_see_less_or_remember_more_do_not_share(family, devi
     config._attn_implementation = "sdpa"
     lm = torch.nn.Module()
     lm.config = config
-    policy = policies.Policy(lm, 64, 1.0)
+    policy = Policy(lm, 64, 1.0)
     assert not policy.shares
-    assert policy.split(9, [1, 1, 1], 100) == [[0], [1], [2]]
-
-
-def test_what_shares_a_prompt(policy):
-    """Short answers to a longer prompt do, up to the limit and to where attention would cost more."""
-    assert policy.split(8, [4] * 8, 4096) == [[0, 1, 2, 3, 4, 5, 6, 7]]
-    assert policy.split(8, [5, 6, 4, 5], 17) == [[0, 1], [2, 3]]  # 8 + 4 + 5 tokens are read: no last ones
-    assert policy.split(8, [500, 3], 4096) == [[0], [1]]
-    assert policy.split(100, [200, 2], 4096) == [[0, 1]]
-    assert policy.split(8, [], 4096) == []
-
-
-def test_short_segments_fill_the_rows_of_long_ones(policy):
-    """At most a tenth is padding, even with a heavy tail; a mask costs long rows more than it saves."""
-    assert policies.first_fit([3, 9, 4, 2, 5], 9) == (9, [18, 0, 9 + 5, 18 + 3, 9], 3)
-    assert policies.first_fit([3, 9, 4, 2, 5], 13) == (13, [13 + 5, 0, 9, 13 + 8, 13], 2)
-    rng = random.Random(0)
-    segments = [([5] * 8, [[6] * min(64, int(rng.paretovariate(1.1))) for _ in range(4)]) for _ in range(64)]
-    real = sum(policies.segment_width(*segment) for segment in segments)
-    ids_RL = policy.collate(segments)[0]
-    assert ids_RL.count_nonzero() == real > 0.9 * ids_RL.numel()
-    padded = real = 0
-    for _ in range(20):  # log-normal, as in results/benchmark.py
-        segments = [
-            ([5] * 8, [[6] * min(8, 1 + int(rng.lognormvariate(math.log(2), 1))) for _ in range(8)])
-            for _ in range(32)
-        ]
-        padded += policy.collate(segments)[0].numel()
-        real += sum(policies.segment_width(*segment) for segment in segments)
-    assert real > 0.9 * padded
-    long = [([5] * 8, [[6] * 400]), ([5] * 8, [[6] * 200]), ([5] * 8, [[6] * 180])]
-    assert policy.collate(long)[0].shape == (3, 407) and policy.collate(long)[2] is None
 
 
 def test_entropy_is_that_of_the_next_token(policy):
-    _, entropy_BT, mask_BT = policy(*policy.collate(alone(SEQUENCES[:1])))
+    batch, _, entropy_BT = forward(policy, alone(SEQUENCES[:1]))
     prompt, completion = SEQUENCES[0]
     model = AutoModelForCausalLM.from_pretrained(TOY)
     probs = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].softmax(-1)
     wanted = -(probs * probs.log()).sum(-1)
-    assert entropy_BT[mask_BT].tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert entropy_BT[batch.mask_BT].tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
 def test_gradients_of_logps_and_entropies_equal_autograd_through_whole_logits(monkeypatch):
-    monkeypatch.setattr(policies, "CHUNK_LOGITS", 50 * 3)
+    monkeypatch.setattr("policy.CHUNK_LOGITS", 50 * 3)
     torch.manual_seed(0)
     hidden, head, target = torch.randn(10, 8), torch.randn(60, 8), torch.randint(0, 50, (10,))
     weight_logp, weight_entropy = torch.randn(2, 10)
@@ -230,7 +206,7 @@ def test_gradients_of_logps_and_entropies_equal_autograd_through_whole_logits(mo
     for chunked in (True, False):
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
         if chunked:
-            logps, entropy = policies.TokenLogps.apply(h, w, target, 50, 0.7)
+            logps, entropy = TokenLogps.apply(h, w, target, 50, 0.7)
         else:
             all_logps = ((h @ w[:50].T) / 0.7).log_softmax(-1)
             logps, entropy = (
@@ -246,9 +222,9 @@ def test_gradients_of_logps_and_entropies_equal_autograd_through_whole_logits(mo
 
 def gradient(policy, batches):
     for batch in batches:
-        logps_BT, _, _ = policy(*policy.collate(alone(batch)))
-        (logps_BT.sum(-1) * torch.arange(1, len(logps_BT) + 1) * (len(batch) > 0)).sum().backward()
-    return torch.cat([policies.local(p.grad).flatten() for p in policy.parameters()])
+        _, logps_BT, _ = forward(policy, alone(batch))
+        (logps_BT.sum(-1) * torch.arange(1, len(logps_BT) + 1)).sum().backward()
+    return torch.cat([local(p.grad).flatten() for p in policy.parameters()])
 
 
 def test_gradient_equals_that_of_transformers_and_survives_recomputation(device, tokenizer):
@@ -259,9 +235,7 @@ def test_gradient_equals_that_of_transformers_and_survives_recomputation(device,
         (weight * logps.gather(-1, torch.tensor(completion)[:, None]).sum()).backward()
     wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
     for recompute in (False, True):
-        policy = policies.load_policy(
-            str(TOY), device, len(tokenizer), 1.0, activation_checkpointing=recompute
-        )
+        policy = load_policy(str(TOY), device, len(tokenizer), 1.0, activation_checkpointing=recompute)
         got = gradient(policy, [SEQUENCES])
         assert (got - wanted).norm() / wanted.norm() < 1e-5
     layers = policy.lm.model.layers
@@ -274,28 +248,46 @@ def test_an_empty_batch_takes_part_and_changes_nothing(policy):
     assert torch.equal(gradient(policy, [SEQUENCES, []]), wanted)
 
 
-def test_micro_batches_hold_every_unit_once_within_the_limit(device):
-    widths = [3, 60, 7, 7, 30, 1, 59, 2]
-    batches = policies.micro_batches(widths, [2] * len(widths), 120)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(widths)))
-    for batch in batches:
-        assert 2 * len(batch) * max(widths[i] for i in batch) <= 120
-    assert batches[0] == [1]  # the longest comes first
-    assert policies.micro_batches([], [], 120) == []
-
-
-def test_a_reference_that_follows_has_the_policys_weights_of_that_moment(policy, device, tokenizer):
-    reference = policies.load_policy(str(TOY), device, len(tokenizer), 1.0, trainable=False)
-    toy = load_file(TOY / "model.safetensors")
+def scale(policy, factor):
     with torch.no_grad():
         for p in policy.parameters():
-            p.mul_(1.5)
-    reference.follow(policy)
-    with torch.no_grad():
-        for p in policy.parameters():
-            p.mul_(2)
-    followed = dict(reference.full_weights(torch.float32))
-    assert all(torch.equal(followed[name], 1.5 * tensor) for name, tensor in toy.items())
+            p.mul_(factor)
+
+
+def test_a_reference_is_the_policy_until_its_first_update_and_follows_where_it_should(
+    policy, device, tokenizer
+):
+    """The log-probs are the toy's, or those of the policy when it was last followed; never with a gradient."""
+    batch, toys, _ = forward(policy, alone(SEQUENCES))
+    for follows in (True, False):
+        reference = load_reference(
+            str(TOY), needed=True, follows=follows, device=device, vocab=len(tokenizer), temperature=1.0
+        )
+        logps_BT, _ = policy(batch)
+        assert (
+            torch.equal(reference(batch, logps_BT, 0), logps_BT)
+            and not reference(batch, logps_BT, 0).requires_grad
+        )
+        scale(policy, 1.5)
+        moved, _ = policy(batch)
+        assert (moved - toys).abs().max() > 0.1
+        assert torch.allclose(reference(batch, moved, 7), toys, atol=1e-6)
+        reference.follow(policy, 8)
+        scale(policy, 2)
+        wanted = moved if follows else toys
+        assert torch.allclose(reference(batch, toys, 9), wanted, atol=1e-6)
+        assert not reference(batch, logps_BT, 9).requires_grad
+        assert torch.equal(reference(batch, logps_BT, 8), logps_BT) == follows  # the step of the sync
+        scale(policy, 1 / 3)
+
+
+def test_no_reference_is_the_policy_itself_at_every_step(policy):
+    batch, logps_BT, _ = forward(policy, alone(SEQUENCES))
+    none = Reference(None, follows=True)
+    none.follow(policy, 3)
+    for step in (0, 3, 4):
+        assert torch.equal(none(batch, logps_BT, step), logps_BT)
+        assert not none(batch, logps_BT, step).requires_grad
 
 
 def test_full_weights_have_the_names_and_values_of_the_checkpoint(policy):
@@ -310,24 +302,24 @@ def test_export_is_an_ordinary_directory(device, tokenizer, tmp_path, tied):
     config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
                          num_attention_heads=2, tie_word_embeddings=tied, dtype=torch.bfloat16)  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "in")
-    policy = policies.load_policy(str(tmp_path / "in"), device, 64, 1.0)
+    policy = load_policy(str(tmp_path / "in"), device, 64, 1.0)
     assert all(p.dtype == torch.float32 for p in policy.parameters())
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(1.0)
-    policy.export(tmp_path / "out", tokenizer)
+    export(policy, tokenizer, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == torch.bfloat16
     old = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype="auto").named_parameters())
     for name, p in model.named_parameters():
         assert torch.equal(p, (old[name].float() + 1).to(torch.bfloat16))
-    assert policies.load_tokenizer(str(tmp_path / "out"), 64)[0].chat_template == tokenizer.chat_template
+    assert load_tokenizer(str(tmp_path / "out"), 64)[0].chat_template == tokenizer.chat_template
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_reference_in_bfloat16_keeps_its_rotary_frequencies(policy, device, tokenizer, monkeypatch):
-    monkeypatch.setattr(policies, "compute_dtype", lambda device: torch.bfloat16)  # as on a GPU
-    reference = policies.load_policy(str(TOY), device, len(tokenizer), 1.0, trainable=False)
+    monkeypatch.setattr("policy.compute_dtype", lambda device: torch.bfloat16)  # as on a GPU
+    reference = load_policy(str(TOY), device, len(tokenizer), 1.0, trainable=False)
     assert all(p.dtype == torch.bfloat16 for p in reference.parameters())
     mine, theirs = (p.lm.model.rotary_emb.inv_freq for p in (reference, policy))
     assert mine.dtype == torch.float32 and torch.equal(mine, theirs)
@@ -336,8 +328,8 @@ def test_a_reference_in_bfloat16_keeps_its_rotary_frequencies(policy, device, to
 def test_clip_returns_the_norm_before(policy):
     grads = gradient(policy, [SEQUENCES])
     norm = grads.double().norm().item()
-    assert policies.clip_gradients(policy, norm / 4) == pytest.approx(norm, rel=1e-5)
-    after = torch.cat([policies.local(p.grad).flatten() for p in policy.parameters()]).double().norm().item()
+    assert clip_gradients(policy, norm / 4) == pytest.approx(norm, rel=1e-5)
+    after = torch.cat([local(p.grad).flatten() for p in policy.parameters()]).double().norm().item()
     assert after == pytest.approx(norm / 4, rel=1e-4)
     policy.zero_grad()
-    assert policies.clip_gradients(policy, 1.0) == 0 and math.isfinite(norm)
+    assert clip_gradients(policy, 1.0) == 0 and math.isfinite(norm)

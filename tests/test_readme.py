@@ -92,7 +92,8 @@ def test_every_file_named_exists():
         for word in c.split()
         if re.fullmatch(r"requirements\S*\.txt|\S+\.(py|sh)", word)
     }
-    assert len(named) > 8
+    named |= {f"{module.replace('.', '/')}.py" for module in re.findall(r"-m (teaching\.\w+)", README)}
+    assert len(named) > 8 and "teaching/rloo.py" in named
     assert [name for name in named if not list(ROOT.glob(name)) and not list(ROOT.glob(f"toy/{name}"))] == []
 
 
@@ -102,6 +103,8 @@ def test_every_flag_named_is_declared(capsys):
             script.get_args(["--help"])
     with contextlib.suppress(SystemExit):
         data.get_args(["--help"])
+    command = [sys.executable, "-m", "teaching.dpo_grpo", "--help"]
+    print(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     declared = capsys.readouterr().out
     others = {"--no-deps", "--extra-index-url", "--help", "--model_outputs"}
     others |= {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"}

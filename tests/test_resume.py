@@ -127,7 +127,7 @@ def script(name, *flags):
 
 
 def test_steps_that_have_nothing_to_learn_from_are_no_updates_after_a_resume_either(tmp_path):
-    """Two answers to one prompt are often equally right: then Adam's count of steps stays where it is."""
+    """Two completions of one prompt are often equally right: then Adam's count of steps stays where it is."""
     flags = "--sampler hf --prompts-per-step 1 --samples-per-prompt 2 --save-every 4 --eval-every 0".split()
     for name, *more in (("straight", 8), ("again", 4), ("again", 8, "--resume", "auto")):
         done = script("train_dpo.py", *flags, "--out", tmp_path / name, "--steps", *more)
@@ -139,7 +139,7 @@ def test_steps_that_have_nothing_to_learn_from_are_no_updates_after_a_resume_eit
 
 @pytest.mark.parametrize("name", ["train_dpo.py", "train_grpo.py"])
 def test_a_run_without_any_update_yet_is_saved_and_goes_on(name, tmp_path):
-    """Four steps of sums that nothing answers, saved after two: then the optimizer has no state at all."""
+    """Four steps of sums of which none is right, saved after two: the optimizer then has no state at all."""
     rows = [{"prompt": f"{i}+1=", "reward": "exact", "answer": "never"} for i in range(20)]
     (tmp_path / "never.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--sampler", "hf", "--data", tmp_path / "never.jsonl", "--prompts-per-step", 2]
@@ -179,4 +179,4 @@ def test_a_whole_experiment_has_the_date_of_its_start(tmp_path):
     out.append(tmp_path / "of-a-model")
     assert script("evaluate.py", *lengths, *day, *out).returncode == 0
     done = script("evaluate.py", *lengths, *out)
-    assert done.returncode == 0 and "40 of 40 answers are there already" in done.stdout
+    assert done.returncode == 0 and "40 of 40 completions are there already" in done.stdout

@@ -1,7 +1,8 @@
-"""Verdicts, and what happens to answers that hang, explode or break their worker."""
+"""Rewards, and what happens to completions that hang, explode or break their worker."""
 
 import argparse
 import datetime
+import importlib.util
 import json
 import re
 import signal
@@ -88,14 +89,14 @@ HANGS = r"$\boxed{9^{9^{9^{9}}}}$"
         ("math", "42", "x" * 10_000, 0),
     ],
 )
-def test_verdicts(name, answer, text, reward):
-    assert VERIFIERS[name](answer, text) == reward
+def test_rewards(name, answer, text, reward):
+    assert VERIFIERS[name].function(answer, text) == reward
 
 
-def test_math_verdicts():
+def test_math_rewards():
     assert len(RIGHT) + len(WRONG) >= 60
-    wrong = [pair for pair in RIGHT if VERIFIERS["math"](*pair) != 1]
-    wrong += [pair for pair in WRONG + NARROW if VERIFIERS["math"](*pair) != 0]
+    wrong = [pair for pair in RIGHT if VERIFIERS["math"].function(*pair) != 1]
+    wrong += [pair for pair in WRONG + NARROW if VERIFIERS["math"].function(*pair) != 0]
     assert wrong == []
 
 
@@ -116,7 +117,7 @@ def test_math_verdicts():
     ],
 )
 def test_answers_that_no_completion_can_match_are_found_when_rows_are_read(reward, answer, said):
-    found = rewards.complaint({"prompt": "1", "reward": reward, "answer": answer})
+    found = rewards.row_fault({"prompt": "1", "reward": reward, "answer": answer})
     assert found is None if said is None else said in found
 
 
@@ -161,46 +162,96 @@ def scorer():
     scorer.close()
 
 
-def test_a_hanging_answer_is_killed_and_its_neighbours_are_scored(scorer):
-    scorer([("math", "1", "$1$")] * 2)  # workers are up
-    jobs = [("math", str(i), rf"$\boxed{{{i if i % 2 else 0}}}$") for i in range(1, 41)]
-    jobs[3] = jobs[20] = ("math", "4", HANGS)
+def test_a_hanging_completion_is_killed_and_its_neighbours_are_scored(scorer):
+    scorer([("math", "1", "$1$", {})] * 2)  # workers are up
+    jobs = [("math", str(i), rf"$\boxed{{{i if i % 2 else 0}}}$", {}) for i in range(1, 41)]
+    jobs[3] = jobs[20] = ("math", "4", HANGS, {})
     started = time.perf_counter()
     results = scorer(jobs)
     assert time.perf_counter() - started < 15  # two deadlines and two starts of a worker, not for ever
     assert results == [None if i in (3, 20) else float((i + 1) % 2) for i in range(40)]
-    assert scorer([("exact", "1", "1")]) == [1.0]  # and the pool is whole again
+    assert scorer([("exact", "1", "1", {})]) == [1.0]  # and the pool is whole again
 
 
-def test_a_memory_bomb_a_crash_an_exception_and_nan_leave_no_verdict(scorer, monkeypatch, tmp_path):
-    script = tmp_path / "rewards.py"
-    bombs = """
-VERIFIERS["bomb"] = lambda answer, text: float(len(bytearray(int(4e9))))
-VERIFIERS["crash"] = lambda answer, text: os._exit(3)
-VERIFIERS["raise"] = lambda answer, text: 1 / 0
-VERIFIERS["nan"] = lambda answer, text: math.nan
-VERIFIERS["noise"] = lambda answer, text: print("1.0") or 0.5
-if __name__ == "__main__":
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Registers the verifiers of a file of one's own, for one test."""
+    monkeypatch.setattr(rewards, "VERIFIERS", dict(rewards.VERIFIERS))
+
+    def load(content):
+        file = tmp_path / "own_rewards.py"
+        file.write_text(f"import math, os, subprocess, sys, time\nfrom rewards import verifier\n\n{content}")
+        spec = importlib.util.spec_from_file_location("own_rewards", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+BOMBS = """
+bomb = verifier("bomb")(lambda answer, text: float(len(bytearray(int(4e9)))))
+crash = verifier("crash")(lambda answer, text: os._exit(3))
+wrong = verifier("raise")(lambda answer, text: 1 / 0)
+nan = verifier("nan")(lambda answer, text: math.nan)
+noise = verifier("noise")(lambda answer, text: print("1.0") or 0.5)
 """
-    with open(rewards.__file__) as source:
-        script.write_text(source.read().replace('if __name__ == "__main__":\n', bombs))
-    monkeypatch.setattr(rewards, "__file__", str(script))
-    scorer = rewards.Verifiers(set(), timeout=5, workers=1)
+
+
+def test_the_reward_of_a_memory_bomb_a_crash_an_exception_and_nan_is_unknown(own):
+    own(BOMBS)
     kinds = ["exact", "bomb", "exact", "crash", "exact", "raise", "nan", "noise", "exact"]
-    assert scorer([(kind, "1", "1") for kind in kinds]) == [1, None, 1, None, 1, None, None, 0.5, 1]
+    scorer = rewards.Verifiers({*kinds}, timeout=5, workers=1)
+    assert scorer([(kind, "1", "1", {}) for kind in kinds]) == [1, None, 1, None, 1, None, None, 0.5, 1]
     scorer.close()
 
 
+CODE = """
+@verifier("code", on_timeout=0.0)
+def code(answer, text, /, tests, **columns):
+    done = subprocess.run([sys.executable, "-c", f"{text}\\n{tests}"], capture_output=True)
+    return float(done.returncode == 0)
+
+@verifier("patient")
+def patient(answer, text, /, tests, **columns):
+    return code(answer, text, tests)
+"""
+
+
+def test_a_reward_that_runs_code_sees_columns_and_says_that_late_is_wrong(own, tmp_path):
+    """The completion that does not end is killed with the process that runs it."""
+    own(CODE)
+    mark = tmp_path / "still running"
+    hangs = f"import time\ntime.sleep(4)\nopen({str(mark)!r}, 'w')\n"
+    texts = ["def f(x): return 2 * x", "def f(x): return x", hangs, "import os; os.kill(os.getppid(), 9)"]
+    texts.append("def f(x): return x + x")
+    scorer = rewards.Verifiers({"code", "patient"}, timeout=1.5, workers=1)
+    columns = {"tests": "assert f(3) == 6", "text": "a column of this name is in nobody's way"}
+    assert scorer([("code", None, text, columns) for text in texts]) == [1, 0, 0, 0, 1]
+    assert scorer([("patient", None, hangs, columns)]) == [None]  # unknown, where it does not say so
+    scorer.close()
+    time.sleep(4)
+    assert not mark.exists()
+
+
+def test_a_row_lacks_a_column_that_its_verifier_names(own):
+    own(CODE)
+    row = {"prompt": "double it", "reward": "code"}
+    assert rewards.row_fault(row | {"tests": "assert True"}) is None  # and no answer is needed
+    said = "reward `code` needs a column `tests` (it has: prompt, reward, level)"
+    assert rewards.row_fault(row | {"level": 3}) == said
+
+
 def test_a_worker_that_died_while_idle_costs_nobody_a_reward(scorer):
-    scorer([("exact", "1", "1")] * 100)
+    scorer([("exact", "1", "1", {})] * 100)
     for worker in list(scorer.idle.queue):
         worker.kill()
         worker.wait()
-    assert scorer([("exact", "1", "1")] * 100) == [1.0] * 100
+    assert scorer([("exact", "1", "1", {})] * 100) == [1.0] * 100
 
 
-def test_an_unparsable_reference_answer_is_no_verdict(scorer):
-    assert scorer([("math", r"\text{}", r"$\boxed{42}$")]) == [None]
+def test_the_reward_of_an_unparsable_reference_answer_is_unknown(scorer):
+    assert scorer([("math", r"\text{}", r"$\boxed{42}$", {})]) == [None]
 
 
 HOSTILE = [
@@ -225,7 +276,7 @@ print(json.dumps(found[-3:]))
 
 
 def test_what_a_model_writes_is_never_evaluated():
-    """sympy evaluates `Integer (36 )` to make a number: of an answer, only its numerals may get there."""
+    """sympy evaluates `Integer (36 )` to make a number: of a completion, only its numerals may get there."""
     command = [sys.executable, "-c", LISTENS, json.dumps(HOSTILE)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     answers, printed, seen = map(json.loads, done.stdout.splitlines())
@@ -235,8 +286,8 @@ def test_what_a_model_writes_is_never_evaluated():
     assert printed == 1 and "b'print (Integer (1 ))'" in seen
 
 
-def test_a_worker_whose_trainer_is_gone_ends_with_its_answer():
-    job = json.dumps([("math", "4", HANGS)]) + "\n"
+def test_a_worker_whose_trainer_is_gone_ends_with_its_completion():
+    job = json.dumps([("math", "4", HANGS, {})]) + "\n"
     done = subprocess.run(
         [sys.executable, rewards.__file__, "1", "math"], input=job, text=True, timeout=60, check=False
     )

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-import run as runs
+from export import model_card
+from metrics import Sums
+from run import Run
 
 FACTS = {
     "args": {
@@ -22,44 +24,50 @@ FACTS = {
 
 
 def test_the_card_names_base_data_command_and_results():
-    card = runs.model_card(FACTS, {"accuracy after": 0.51234}, {"reward": 0.5, "time/step": 1.0})
+    card = model_card(FACTS, {"accuracy after": 0.51234, "reward": 0.5})
     head, body = card.removeprefix("---\n").split("---\n", 1)
     assert head.splitlines() == [
-        "library_name: transformers", "pipeline_tag: text-generation", "base_model: org/base",
+        "base_model: org/base", "library_name: transformers", "pipeline_tag: text-generation",
         "tags:", "- reinforcement-learning", "- grpo",
     ]  # fmt: skip
     assert (
         "Data: a.jsonl, org/set. The sampler kept its first weights." in body
         and "train_grpo.py --model org/base --out 'a b'\n" in body
     )
-    assert "| accuracy after | 0.5123 |\n| reward | 0.5 |\n" in body and "time/step" not in body
+    assert "| accuracy after | 0.5123 |\n| reward | 0.5 |\n" in body
     assert (
         "2 rank(s), at commit abc" in body and "Licence: yet to be chosen" in body and "license:" not in head
     )
 
 
 def test_a_local_base_model_is_no_hub_name(tmp_path):
-    card = runs.model_card(FACTS | {"args": FACTS["args"] | {"model": str(tmp_path)}}, {}, {})
+    card = model_card(FACTS | {"args": FACTS["args"] | {"model": str(tmp_path)}}, {})
     assert "\nbase_model:" not in card
 
 
+def sums_of(groups):
+    sums = Sums(["exact", "judge", "math", "rm"])
+    sums.add_groups(0, groups)
+    return sums
+
+
 def test_a_reward_that_fails_is_seen_beside_one_that_does_not():
-    """16 answers without a judgement, 48 scored sums: a quarter of all, but all of the chats."""
+    """16 completions without a judgement, 48 scored sums: a quarter of all, but all of the chats."""
     c = lambda reward, length=3: SimpleNamespace(reward=reward, ids=[1] * length, finish="stop", version=0)  # noqa: E731
     chats = [(SimpleNamespace(reward="judge"), [c(None) for _ in range(4)]) for _ in range(4)]
-    sums = [(SimpleNamespace(reward="exact"), [c(1.0) for _ in range(4)]) for _ in range(12)]
-    args = SimpleNamespace(max_failed=0.5, max_skipped=3)
-    total = runs.group_sums(0, chats + sums)
-    assert runs.reason_to_stop(args, runs.group_sums(0, sums), 0, []) is None
-    code, said = runs.reason_to_stop(args, total, 0, [])
-    assert code == 1 and said.startswith("16 of 16 answers of the last step have no reward `judge`")
+    right = [(SimpleNamespace(reward="exact"), [c(1.0) for _ in range(4)]) for _ in range(12)]
+    run = SimpleNamespace(args=SimpleNamespace(max_failed=0.5, max_skipped=3))
+    well = SimpleNamespace(skipped_in_a_row=0)
+    assert Run.reason_to_stop(run, sums_of(right), well, []) is None
+    code, said = Run.reason_to_stop(run, sums_of(chats + right), well, [])
+    assert code == 1 and said.startswith("16 of 16 completions of the last step have no reward `judge`")
 
 
 def test_the_reward_per_token_is_over_the_chats_tokens():
     c = lambda reward, length: SimpleNamespace(reward=reward, ids=[1] * length, finish="stop", version=0)  # noqa: E731
     groups = [(SimpleNamespace(reward="rm"), [c(5.0, 100)])] * 4
     groups += [(SimpleNamespace(reward="math"), [c(1.0, 900)])] * 16
-    metrics = runs.validation_metrics(runs.group_sums(0, groups))
+    metrics = sums_of(groups).validation_metrics()
     assert metrics["eval/reward_per_token"] == 0.05 and metrics["eval/length"] == 740
     assert metrics["eval/accuracy"] == 1 and metrics["eval/reward"] == 5
 

@@ -7,22 +7,26 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
+from argparse import ArgumentError
 
 import pytest
 import torch
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, engine, logps_of
 from transformers import AutoConfig, AutoModelForCausalLM, TopPLogitsWarper
 
-import policy as policies
-import sampler as samplers
+from data import Row
+from packing import micro_batches
+from policy import load_policy, local
+from sampler import SyncError, _difference, _note_entries, load_sampler, require_sampler, self_test
+from sampler_hf import _log_softmax
+from tokenizer import load_tokenizer
 
 F32 = torch.float32
 
 
 @pytest.fixture(scope="session")
 def hf(device, tokenizer, padded_model):
-    return samplers.load_sampler("hf", padded_model, tokenizer, 64, [3], device, F32, 64, 0.3, True)
+    return load_sampler("hf", padded_model, **engine(tokenizer, device))
 
 
 @pytest.fixture(params=["vllm", "hf"])
@@ -33,7 +37,7 @@ def sampler(request):
 @pytest.fixture
 def fresh(device, tokenizer, padded_model):
     """A policy with the weights that the samplers start with."""
-    return policies.load_policy(padded_model, device, len(tokenizer), 1.0)
+    return load_policy(padded_model, device, len(tokenizer), 1.0)
 
 
 def weights(policy):
@@ -48,7 +52,7 @@ def moved(fresh, sampler):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in fresh.parameters():  # what AdamW's first step does: lr per entry
-            policies.local(p).add_(2e-4 * torch.randn(p.shape, generator=generator).sign())
+            local(p).add_(2e-4 * torch.randn(p.shape, generator=generator).sign())
     yield fresh
     sampler.reload(before, 0)
 
@@ -70,9 +74,9 @@ def test_completions_are_what_was_sampled(sampler, prompts, tokenizer):
 def test_ids_that_the_tokenizer_lacks_are_never_sampled(sampler, prompts, tokenizer, device, padded_model):
     sampled = [i for group in sampler.generate(prompts, 64, 4, 1.0, seed=2) for c in group for i in c.ids]
     assert max(sampled) < len(tokenizer)
-    unbanned = policies.load_policy(padded_model, device, len(tokenizer) + 16, 1.0)
-    allowed = policies.load_policy(padded_model, device, len(tokenizer), 1.0)
-    [all_ids], [own_ids] = (p.logps([(prompts[0], [9])], 64) for p in (unbanned, allowed))
+    unbanned = load_policy(padded_model, device, len(tokenizer) + 16, 1.0)
+    allowed = load_policy(padded_model, device, len(tokenizer), 1.0)
+    [all_ids], [own_ids] = (logps_of(p, [(prompts[0], [9])]) for p in (unbanned, allowed))
     assert own_ids - all_ids > 0.1  # the padding would have been sampled, were it not banned
 
 
@@ -80,16 +84,16 @@ def test_ids_that_the_tokenizer_lacks_are_never_sampled(sampler, prompts, tokeni
 def test_logps_are_those_of_the_distribution_sampled_from(
     sampler, prompts, device, tokenizer, padded_model, temperature
 ):
-    policy = policies.load_policy(padded_model, device, len(tokenizer), temperature)
+    policy = load_policy(padded_model, device, len(tokenizer), temperature)
     groups = sampler.generate(prompts, 4, 6, temperature, seed=3)
     sequences = [(prompt, c.ids) for prompt, group in zip(prompts, groups, strict=True) for c in group]
     theirs = [c.logps for group in groups for c in group]
-    for mine, other in zip(policy.logps(sequences, 512), theirs, strict=True):
+    for mine, other in zip(logps_of(policy, sequences, 512), theirs, strict=True):
         assert other == pytest.approx(mine.tolist(), abs=1e-4)
 
 
-def test_the_loop_of_hf_answers_as_generate_does(hf, prompts, tokenizer):
-    """Greedy, prompts of several lengths together; every answer's end token is where `generate` puts it."""
+def test_the_loop_of_hf_samples_as_generate_does(hf, prompts, tokenizer):
+    """Greedy, prompts of several lengths together; every end token is where `generate` puts it."""
     assert len({*map(len, prompts)}) > 1
     groups = hf.generate(prompts, 2, 6, 0.0, seed=0)
     for prompt, group in zip(prompts, groups, strict=True):
@@ -103,7 +107,7 @@ def test_the_loop_of_hf_answers_as_generate_does(hf, prompts, tokenizer):
 def test_top_p_keeps_what_transformers_keeps(top_p):
     logits = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     wanted = TopPLogitsWarper(top_p)(None, logits / 0.6).log_softmax(-1)
-    assert torch.allclose(samplers._log_softmax(logits, 0.6, top_p), wanted, atol=1e-5)
+    assert torch.allclose(_log_softmax(logits, 0.6, top_p), wanted, atol=1e-5)
 
 
 def test_frequencies_follow_the_logps(sampler, prompts):
@@ -122,17 +126,20 @@ def test_a_seed_draws_the_same_again_and_another_something_else(sampler, prompts
     assert len({tuple(ids) for ids in first[:8]}) > 1  # nor are the samples of one prompt copies
 
 
-def self_test(sampler, policy, prompts):
-    rows = [SimpleNamespace(ids=prompt) for prompt in prompts]
-    groups = list(zip(rows, sampler.generate(prompts, 1, 6, 1.0, 0), strict=True))
-    return samplers.self_test(sampler, policy.logps, groups)
+def groups_of(sampler, prompts, n=1):
+    rows = [Row("", prompt, None, None) for prompt in prompts]
+    return list(zip(rows, sampler.generate(prompts, n, 6, 1.0, 0), strict=True))
+
+
+def gaps_of(sampler, policy, prompts):
+    return self_test(sampler, policy, groups_of(sampler, prompts))
 
 
 def test_after_a_reload_the_sampler_is_the_policy_and_before_it_is_not(sampler, moved, prompts):
-    with pytest.raises(samplers.SyncError):
-        self_test(sampler, moved, prompts)
+    with pytest.raises(SyncError):
+        gaps_of(sampler, moved, prompts)
     sampler.reload(moved.full_weights(F32), 7)
-    gaps = self_test(sampler, moved, prompts)
+    gaps = gaps_of(sampler, moved, prompts)
     assert gaps["sampler/logp_gap_max"] < 1e-3
     assert sampler.version == 7 and sampler.generate(prompts[:1], 1, 2, 1.0, 0)[0][0].version == 7
 
@@ -141,7 +148,7 @@ def test_a_sampler_that_sleeps_is_asked_only_after_a_reload(sampler, fresh, prom
     before = sampler.generate(prompts, 1, 6, 1.0, 0)
     sampler.sleep()
     sampler.sleep()
-    with pytest.raises(samplers.SyncError, match="sleeps"):
+    with pytest.raises(SyncError, match="sleeps"):
         sampler.generate(prompts, 1, 6, 1.0, 0)
     sampler.reload(fresh.full_weights(F32), 0)
     assert sampler.generate(prompts, 1, 6, 1.0, 0) == before
@@ -163,45 +170,58 @@ def test_keys_and_values_of_old_weights_are_forgotten(vllm, fresh, monkeypatch, 
     before, long = weights(fresh), [[5 + i % 30 for i in range(150)]]
     if kept:
         monkeypatch.setattr(vllm.llm, "reset_prefix_cache", lambda: True)
-    self_test(vllm, fresh, long)
+    gaps_of(vllm, fresh, long)
     with torch.no_grad():
         for p in fresh.parameters():
             p.mul_(1.1)
     vllm.reload(fresh.full_weights(F32), 1)
-    with pytest.raises(samplers.SyncError) if kept else contextlib.nullcontext():
-        self_test(vllm, fresh, long)
+    with pytest.raises(SyncError) if kept else contextlib.nullcontext():
+        gaps_of(vllm, fresh, long)
     monkeypatch.undo()
     vllm.reload(before, 0)
 
 
-def test_answers_that_share_blocks_of_their_prompt_have_the_policys_logps(vllm, fresh, prompts):
-    """A prompt of more than a block is read once for all its answers, which all see all of it."""
+def test_completions_that_share_blocks_of_their_prompt_have_the_policys_logps(vllm, fresh, prompts):
+    """A prompt of more than a block is read once for all its completions, which all see all of it."""
     long = [[5 + i % 30 for i in range(150)], [6 + i % 7 for i in range(97)], *prompts]
     groups = vllm.generate(long, 4, 6, 1.0, seed=0)
     sequences = [(prompt, c.ids) for prompt, group in zip(long, groups, strict=True) for c in group]
     theirs = [c.logps for group in groups for c in group]
-    for mine, other in zip(fresh.logps(sequences), theirs, strict=True):
+    for mine, other in zip(logps_of(fresh, sequences), theirs, strict=True):
         assert other == pytest.approx(mine.tolist(), abs=1e-4)
 
 
-def test_the_self_test_takes_more_answers_of_few_prompts(vllm, fresh, prompts):
-    """One prompt with eight answers is as many tokens as eight prompts with one."""
+def test_the_self_test_takes_more_completions_of_few_prompts(vllm, fresh, prompts, monkeypatch):
+    """One prompt with eight completions is as many tokens as eight prompts with one."""
     seen = []
 
-    def logps(sequences):
-        seen.append(sequences)
-        return fresh.logps(sequences)
+    def note(examples, *more):
+        seen.append([(tuple(one.row.ids), one.completions) for one in examples])
+        return micro_batches(examples, *more)
 
+    monkeypatch.setattr("sampler.micro_batches", note)
     for count, n in ((1, 8), (3, 4), (8, 1)):
-        rows = [SimpleNamespace(ids=prompt) for prompt in prompts[:count]]
-        groups = list(zip(rows, vllm.generate(prompts[:count], n, 6, 1.0, 0), strict=True))
-        samplers.self_test(vllm, logps, groups)
-        assert len(seen[-1]) == 8 and {tuple(p) for p, _ in seen[-1]} == {*map(tuple, prompts[:count])}
+        self_test(vllm, fresh, groups_of(vllm, prompts[:count], n))
+        assert len(seen[-1]) == 8 and {prompt for prompt, _ in seen[-1]} == {*map(tuple, prompts[:count])}
+        assert all(len(completions) == 1 for _, completions in seen[-1])
+
+
+def test_the_gaps_are_those_of_the_first_tokens(hf, fresh, prompts):
+    """Mean and largest |policy - sampler| over the first four tokens of each, by the plain log-probs."""
+    groups = groups_of(hf, prompts)
+    for k, (_, [c]) in enumerate(groups):
+        c.logps = [logp + (1e-5 * (k + 1) if t == 1 else 0) for t, logp in enumerate(c.logps)]
+    found = self_test(hf, fresh, groups)
+    ours = logps_of(fresh, [(row.ids, c.ids) for row, [c] in groups])
+    gaps = [abs(a - b) for mine, (_, [c]) in zip(ours, groups, strict=True)
+            for a, b in list(zip(mine.tolist(), c.logps, strict=True))[:4]]  # fmt: skip
+    assert found["sampler/logp_gap_mean"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-2)
+    assert found["sampler/logp_gap_max"] == pytest.approx(max(gaps), rel=1e-2) and max(gaps) > 5e-5
 
 
 def test_a_cache_that_vllm_does_not_reset_stops_the_run(vllm, prompts, monkeypatch):
     monkeypatch.setattr(vllm.llm, "reset_prefix_cache", lambda: False)
-    with pytest.raises(samplers.SyncError, match="could not reset its prefix cache"):
+    with pytest.raises(SyncError, match="could not reset its prefix cache"):
         vllm.generate(prompts, 1, 2, 1.0, 0)
 
 
@@ -231,7 +251,7 @@ def stale(name):
     are the previous version's."""
 
     def reload(weights, sampler):
-        old = policies.load_policy(stale.model, torch.device("cpu"), 64, 1.0)
+        old = load_policy(stale.model, torch.device("cpu"), 64, 1.0)
         old = dict(old.full_weights(F32))
         sampler.reload(((n, old[n] if name in ("", n) else t) for n, t in weights), 1)
 
@@ -266,9 +286,9 @@ def rounded(weights, sampler):
 )
 def test_a_reload_that_fails_is_caught_at_once(sampler, moved, prompts, padded_model, fault, said):
     stale.model = padded_model
-    with pytest.raises(samplers.SyncError, match=said):
+    with pytest.raises(SyncError, match=said):
         fault(moved.full_weights(F32), sampler)
-        self_test(sampler, moved, prompts)
+        gaps_of(sampler, moved, prompts)
 
 
 ENGINES = []  # vLLM takes torch's process group down when an engine goes, so they stay
@@ -283,21 +303,21 @@ def test_a_tied_matrix_that_is_forgotten_is_caught(kind, device, tokenizer, tmp_
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    policy = policies.load_policy(str(tmp_path), device, len(tokenizer), 1.0)
-    tied = samplers.load_sampler(kind, str(tmp_path), tokenizer, 64, [3], device, F32, 64, 0.3, True)
+    policy = load_policy(str(tmp_path), device, len(tokenizer), 1.0)
+    tied = load_sampler(kind, str(tmp_path), **engine(tokenizer, device, max_length=64))
     ENGINES.append(tied)
     with torch.no_grad():
         for p in policy.parameters():
             p.mul_(1.01)
     tied.reload(policy.full_weights(F32), 1)
-    self_test(tied, policy, prompts)
+    gaps_of(tied, policy, prompts)
     with torch.no_grad():
         policy.lm.get_input_embeddings().weight.mul_(1.05)
     name = "model.embed_tokens.weight"
     assert name in dict(policy.full_weights(F32)) and "lm_head.weight" not in dict(policy.full_weights(F32))
-    with pytest.raises(samplers.SyncError, match=name):
+    with pytest.raises(SyncError, match=name):
         skip(name)(policy.full_weights(F32), tied)
-        self_test(tied, policy, prompts)
+        gaps_of(tied, policy, prompts)
 
 
 class Tensors(torch.nn.Module):
@@ -311,7 +331,7 @@ class Tensors(torch.nn.Module):
 
 
 def test_on_a_gpu_the_very_tensors_are_compared():
-    model, spots = Tensors(), {}
+    model, entries = Tensors(), {}
     q, k, v = model.qkv_proj.weight.data.clone().split([12, 6, 6])
     sent = {
         "q_proj.weight": q,
@@ -319,22 +339,22 @@ def test_on_a_gpu_the_very_tensors_are_compared():
         "v_proj.weight": v,
         "norm.weight": model.norm.weight.data.clone(),
     }
-    list(samplers._note_spots(sent.items(), spots))
-    assert samplers._complaint(model, spots) is None
+    list(_note_entries(sent.items(), entries))
+    assert _difference(model, entries) is None
     model.qkv_proj.weight.data[14, 3] += 1e-3  # a row of k
-    assert "k_proj.weight: entries differ by up to 0.001" in samplers._complaint(model, spots)
+    assert "k_proj.weight: entries differ by up to 0.001" in _difference(model, entries)
     model.qkv_proj.weight.data[14, 3] -= 1e-3
     model.qkv_proj.weight.data[12:18], model.qkv_proj.weight.data[18:24] = v, k
-    assert "entries differ" in samplers._complaint(model, spots)
-    del spots["v_proj.weight"]
-    assert "v_proj.weight: it was not among" in samplers._complaint(model, spots)
+    assert "entries differ" in _difference(model, entries)
+    del entries["v_proj.weight"]
+    assert "v_proj.weight: it was not among" in _difference(model, entries)
     for entry in (0.0, 0.5):  # a family, such as phi3 or glm4, that joins them itself
-        spots.clear()
+        entries.clear()
         qkv = model.qkv_proj.weight.data.clone()
         qkv[20, 1] += entry
         sent = {"qkv_proj.weight": qkv, "norm.weight": model.norm.weight.data}
-        list(samplers._note_spots(sent.items(), spots))
-        said = samplers._complaint(model, spots)
+        list(_note_entries(sent.items(), entries))
+        said = _difference(model, entries)
         assert said == (f"qkv_proj.weight: entries differ by up to {entry:.2g}" if entry else None)
 
 
@@ -346,14 +366,14 @@ def test_sleep_frees_the_gpu_and_a_reload_wakes_up(vllm, fresh, prompts):
     vllm.sleep()
     assert torch.cuda.mem_get_info()[0] > awake + 2**30 and vllm.version is None
     vllm.reload(fresh.full_weights(vllm.dtype), 0)
-    self_test(vllm, fresh, prompts)
+    gaps_of(vllm, fresh, prompts)
 
 
 def test_where_vllm_is_missing_both_ways_out_are_named(monkeypatch):
-    monkeypatch.setattr(samplers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(samplers.ArgumentError, match=r"requirements.*--sampler hf"):
-        samplers.require("vllm")
-    samplers.require("hf")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ArgumentError, match=r"requirements.*--sampler hf"):
+        require_sampler("vllm")
+    require_sampler("hf")
 
 
 def copy_of_the_toy(directory, **files):
@@ -381,19 +401,18 @@ def copy_of_the_toy(directory, **files):
 def test_end_tokens_are_those_of_transformers_generate(generation, config, wanted, tmp_path):
     """config.json counts where there is no generation_config.json; the tokenizer's (3) always does."""
     model = copy_of_the_toy(tmp_path, generation_config=generation, config={"eos_token_id": config})
-    tokenizer, vocab = policies.load_tokenizer(model, 64)
-    assert samplers.end_tokens(model, tokenizer, vocab) == wanted
+    _, _, stop_ids = load_tokenizer(model, 64)
+    assert stop_ids == wanted
     used = AutoModelForCausalLM.from_pretrained(model).generation_config.eos_token_id
     assert {*wanted} == {3, *(used if isinstance(used, list) else [used])} - {None}
 
 
 def test_completions_stop_at_an_end_token_of_config_json(device, tmp_path, prompts):
-    """A model whose answers all begin with a digit, of which config.json names ten as end tokens."""
+    """A model whose completions all begin with a digit, of which config.json names ten as end tokens."""
     digits = list(range(4, 14))
     model = copy_of_the_toy(tmp_path, generation_config=None, config={"eos_token_id": digits})
-    tokenizer, vocab = policies.load_tokenizer(model, 64)
-    stop_ids = samplers.end_tokens(model, tokenizer, vocab)
-    hf = samplers.load_sampler("hf", model, tokenizer, vocab, stop_ids, device, F32, 64, 0.3, True)
+    tokenizer, _, stop_ids = load_tokenizer(model, 64)
+    hf = load_sampler("hf", model, **engine(tokenizer, device, stop_ids=stop_ids))
     completions = [c for group in hf.generate(prompts, 4, 6, 1.0, seed=0) for c in group]
     assert {len(c.ids) for c in completions} == {1} and {c.finish for c in completions} == {"stop"}
 
@@ -420,25 +439,24 @@ def test_a_token_beyond_the_number_of_tokens_can_be_sampled_and_ends_a_completio
 ):
     if kind == "vllm":
         pytest.importorskip("vllm")
-    tokenizer, vocab = policies.load_tokenizer(sparse, 64)
+    tokenizer, vocab, stop_ids = load_tokenizer(sparse, 64)
     assert (len(tokenizer), vocab) == (65, 71)
-    stop_ids = samplers.end_tokens(sparse, tokenizer, vocab)
     assert stop_ids == [3, 70]  # generation_config.json's and the tokenizer's
-    engine = samplers.load_sampler(kind, sparse, tokenizer, vocab, stop_ids, device, F32, 64, 0.3, True)
-    ENGINES.append(engine)
-    completions = [c for group in engine.generate(prompts, 64, 6, 1.0, seed=0) for c in group]
+    far = load_sampler(
+        kind, sparse, **engine(tokenizer, device, vocab=vocab, stop_ids=stop_ids, max_length=64)
+    )
+    ENGINES.append(far)
+    completions = [c for group in far.generate(prompts, 64, 6, 1.0, seed=0) for c in group]
     ends = [c.ids[-1] for c in completions if c.finish == "stop"]
     assert ends.count(70) > 20 and max(i for c in completions for i in c.ids) == 70
-    policy = policies.load_policy(sparse, device, vocab, 1.0)
-    rows = [SimpleNamespace(ids=prompt) for prompt in prompts]
-    groups = list(zip(rows, engine.generate(prompts, 1, 6, 1.0, 0), strict=True))
-    assert samplers.self_test(engine, policy.logps, groups)["sampler/logp_gap_max"] < 1e-3
+    policy = load_policy(sparse, device, vocab, 1.0)
+    assert gaps_of(far, policy, prompts)["sampler/logp_gap_max"] < 1e-3
 
 
-def test_the_toy_samples_about_one_answer_in_four_right(device, tokenizer):
+def test_the_toy_samples_about_one_completion_in_four_right(device, tokenizer):
     from make import probability_right
 
-    model = samplers.load_sampler("hf", str(TOY), tokenizer, 64, [3], device, F32, 64, 0.3, True).lm
+    model = load_sampler("hf", str(TOY), **engine(tokenizer, device)).lm
     right = probability_right(model, tokenizer, [(a, b) for a in range(0, 100, 7) for b in range(0, 100, 9)])
     assert 0.15 < right < 0.33
 
@@ -456,13 +474,13 @@ def test_whatever_ends_a_run_shuts_the_engine_down_once(end, tmp_path):
     }
     program.write_text(
         f"import signal, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "import torch, run, sampler, rewards, train_dpo\n"
+        "import torch, processes, sampler, rewards, train_dpo\n"
         "from vllm.v1.engine.core import EngineCore\n"
         "real, shut = rewards.Scorer.score, EngineCore.shutdown\n"
         "def score(self, groups):\n    real(self, groups)\n"
         f"    {ways[end]}\n"
         "def shutdown(self):\n    print('shut down', flush=True)\n    shut(self)\n"
-        "rewards.Scorer.score, EngineCore.shutdown = score, shutdown\nrun.launch(train_dpo.main)\n"
+        "rewards.Scorer.score, EngineCore.shutdown = score, shutdown\nprocesses.launch(train_dpo.main)\n"
     )
     flags = ["--steps", "2", "--eval-every", "0", "--prompts-per-step", "4", "--out", tmp_path / "run"]
     done = subprocess.run(

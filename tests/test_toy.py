@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, TOY
 from transformers import AutoModelForCausalLM
 
-import rewards
+from reward_models import RewardModel
 
 
 def rows(name):
@@ -43,7 +43,7 @@ def test_the_tokenizer_is_one_token_a_character_and_reversible(tokenizer):
 def test_the_open_ended_prompts_are_disjoint_and_the_reward_model_knows_what_is_liked(device):
     train, valid = ([row["prompt"] for row in rows(f"chat_{name}.jsonl")] for name in ("train", "valid"))
     assert (len(set(train)), len(set(valid))) == make.CHATS and not set(train) & set(valid)
-    model = rewards.RewardModel(str(ROOT / "toy" / "reward_model"), device, torch.float32, "2026-01-01")
+    model = RewardModel(str(ROOT / "toy" / "reward_model"), device, torch.float32, "2026-01-01")
     random_ = random.Random(1)
     answers = [(prompt, make._answer(random_, prompt)) for prompt in valid]
     scores = model(

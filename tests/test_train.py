@@ -187,12 +187,12 @@ def test_grpo_without_anything_to_learn_changes_nothing(torchrun, tmp):
 def test_a_sampler_that_keeps_its_weights_stops_the_run_at_the_first_reload(tmp):
     flags = short(tmp, "--steps", 4, "--sampler", "hf", "--out", tmp / "stuck")
     program = (
-        "import run, sampler, train_dpo\n"
+        "import processes, sampler_hf, train_dpo\n"
         "def reload(self, weights, version):\n"
         "    list(weights)\n"
         "    self.version = version\n"
-        "sampler.HFSampler.reload = reload\n"
-        f"run.launch(lambda: train_dpo.main({flags!r}))\n"
+        "sampler_hf.HFSampler.reload = reload\n"
+        f"processes.launch(lambda: train_dpo.main({flags!r}))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False

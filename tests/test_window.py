@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, TOY
 
-import data
-import rewards
-import window as windows
-from sampler import Completion
+from data import Completion, Prompts, load_prompts
+from metrics import Sums
+from window import Window, window_fault
 
 CALM = SimpleNamespace(asked=False)
 
@@ -21,8 +20,15 @@ CALM = SimpleNamespace(asked=False)
 @pytest.fixture(scope="module")
 def prompts(device, tokenizer):
     source = [str(ROOT / "toy" / "valid.jsonl")]
-    sources, _ = data.load_prompts(source, tokenizer, len(tokenizer), rewards.complaint, 24, "2026-01-01")
-    return data.Prompts(sources, None, 0)
+    sources, _ = load_prompts(source, tokenizer, len(tokenizer), 24, "2026-01-01")
+    return Prompts(sources, None, 0)
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    """What a window asks of the sampler and of the policy, answered by `Sampler` below."""
+    monkeypatch.setattr("window.sample", lambda sampler, rows, n, args, first: sampler.sample(rows, first))
+    monkeypatch.setattr("window.self_test", lambda sampler, policy, groups: sampler.test(groups))
 
 
 @pytest.fixture
@@ -34,7 +40,7 @@ def open_window(prompts, tmp_path):
             model=str(TOY), data_weights=None, date="2026-01-01", prompts_per_step=5, samples_per_prompt=2,
             max_new_tokens=8, temperature=1.0, sampler="hf", seed=seed, sync_steps=s, steps=steps,
         )  # fmt: skip
-        window = windows.Window(tmp_path / name, args, prompts, fingerprint=7)
+        window = Window(tmp_path / name, args, prompts)
         window.rank, window.world = rank, world
         return window
 
@@ -61,7 +67,11 @@ class Sampler:
         return {"gap": 0.5}
 
     def fill(self, window, step, interrupt=CALM):
-        return window.fill(step, self.sample, self.test, interrupt)
+        """What the window added to a step's sums, and whether it is all there."""
+        sums = Sums([])
+        done = window.fill(step, self, None, interrupt, sums)
+        assert done == (not window.missing(step))
+        return sums
 
 
 def whole(window, steps=None):
@@ -78,17 +88,17 @@ def test_all_of_a_window_is_sampled_at_its_start_in_calls_of_ten_steps(open_wind
     window, sampler = open_window(), Sampler()
     assert window.end == 0  # so that the first window begins with step 0
     window.begin(0)
-    tokens, metrics = sampler.fill(window, 0)
+    sums = sampler.fill(window, 0)
     assert (window.start, window.end, sampler.calls) == (0, 25, [0, 10, 20])
     assert sampler.tested == [50]  # the first call's completions, once
-    assert tokens == 25 * 5 * 2 * 3 and metrics["gap"] == 0.5 and metrics["time/write"] > 0
+    assert sums["sampled"] == 25 * 5 * 2 * 3 and sums.notes == {"gap": 0.5} and sums.seconds["write"] > 0
     for step, groups in whole(window).items():
         assert [row for row, _ in groups] == prompts.take(step * 5, 5)
         first = step // 10 * 10
         assert [[ids for ids, _ in cs] for _, cs in groups] == [
             [[first, (step - first) * 5 + i, k] for k in (0, 1)] for i in range(5)
         ]
-    assert sampler.fill(window, 1) == (0, {}) and sampler.calls == [0, 10, 20]
+    assert sampler.fill(window, 1)["sampled"] == 0 and sampler.calls == [0, 10, 20]
 
     window.begin(25)
     sampler.fill(window, 25)
@@ -147,7 +157,7 @@ def test_a_signal_leaves_what_is_sampled_and_the_next_run_goes_on(open_window):
     again = open_window()
     again.go_on(0, None, print)
     again.begin(0)
-    assert sampler.fill(again, 0)[1]["gap"] == 0.5  # the first completions are compared again
+    assert sampler.fill(again, 0).notes == {"gap": 0.5}  # the first completions are compared again
     assert sampler.calls == [0, 10, 20] and sampler.tested == [50, 50]
     straight = open_window(name="straight")
     straight.begin(0)
@@ -206,16 +216,16 @@ def test_a_window_with_other_weights_than_the_models_cannot_be_filled_in(open_wi
     window.begin(25)
     Sampler().fill(window, 25)
     state, run = window.state(), tmp_path / "run"
-    assert windows.fault(run, state, 36) is None
+    assert window_fault(run, state, 36) is None
     files(window)[0].unlink()
-    assert windows.fault(run, state, 36) is None  # its steps are done
+    assert window_fault(run, state, 36) is None  # its steps are done
     flip(files(window)[0], None)
-    assert "steps-000035-000045" in windows.fault(run, state, 36)
+    assert "steps-000035-000045" in window_fault(run, state, 36)
     files(window)[0].unlink()
-    assert windows.fault(run, state, 36).endswith("steps-000035-000045: not there")
-    assert windows.fault(run, state, 45) is None
-    assert windows.fault(run, state, 25) is None  # at its sync everything can be sampled again
-    assert windows.fault(run, state | {"start": 0}, 36) is None  # and of --model's weights always
+    assert window_fault(run, state, 36).endswith("steps-000035-000045: not there")
+    assert window_fault(run, state, 45) is None
+    assert window_fault(run, state, 25) is None  # at its sync everything can be sampled again
+    assert window_fault(run, state | {"start": 0}, 36) is None  # and of --model's weights always
 
 
 def test_more_steps(open_window):

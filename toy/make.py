@@ -4,14 +4,14 @@ open-ended task, other prompts and a reward model.
     python toy/make.py            # about 3 minutes on 2 CPU cores, no network; the same files every time
 
 Why half learned: the warm start is where RL begins, and it decides what RL can show. A model that was first
-taught right answers and then made noisy only has to be sharpened, and offline training ends as high as
-online. This one is trained on answers of which 60 % are wrong from the beginning, so it samples the right
-answer about one time in four
+taught right completions and then made noisy only has to be sharpened, and offline training ends as high as
+online. This one is trained on completions of which 60 % are wrong from the beginning, so it samples a right
+one about one time in four
 and still has to learn: that is what needs fresh samples, and where offline training falls behind.
 
-The open-ended prompts ("like 7, qx:") have no right answer. Somebody likes answers with many 7s, about four
-digits long, and has compared pairs of answers, not without mistakes; the reward model has learned from that.
-The small Llama has never seen such a prompt: it answers with any number.
+The open-ended prompts ("like 7, qx:") have no right answer. Somebody likes completions with many 7s, about
+four digits long, and has compared pairs of them, not without mistakes; the reward model learned from that.
+The small Llama has never seen such a prompt: it writes any number.
 """
 
 import argparse
@@ -40,7 +40,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 ERRORS = [1, -1, 2, -2, 9, -9, 10, -10, 11]  # what a half-learned carry does to a sum
-RIGHT = 0.4  # share of right answers in the warm start
+RIGHT = 0.4  # share of right completions in the warm start
 VALID = 512  # held-out prompts of the 10,000
 CHATS = (2000, 256)  # open-ended prompts, for training and held out
 
@@ -100,14 +100,14 @@ def warm_start(
 
 
 def liking(prompt: str, answer: str) -> float:
-    """How much an answer to an open-ended prompt is liked: the digit asked for, four digits in all."""
+    """How much a completion of an open-ended prompt is liked: the digit asked for, four digits in all."""
     return answer.count(prompt[len("like ")]) - 1.5 * abs(len(answer) - 4)
 
 
 def reward_model(
     tokenizer, prompts: list[str], steps: int, batch: int, seed: int
 ) -> LlamaForSequenceClassification:
-    """Learns from noisy comparisons of two random answers (Bradley and Terry's model, as in the field)."""
+    """Learns from noisy comparisons of two random completions (Bradley and Terry's model)."""
     torch.manual_seed(seed)
     random_ = random.Random(seed)
     config = LlamaConfig(
@@ -142,7 +142,7 @@ def reward_model(
 
 
 def _answer(random_: random.Random, prompt: str) -> str:
-    """Up to 7 digits; some answers mostly of the digit that is liked, so that they are compared too."""
+    """Up to 7 digits; some mostly of the digit that is liked, so that they are compared too."""
     liked, length = prompt[len("like ")], random_.randrange(0, 8)
     share = random_.choice([0.1, 0.5, 0.9])
     return "".join(liked if random_.random() < share else random_.choice("0123456789") for _ in range(length))
