@@ -257,7 +257,7 @@ def scale(policy, factor):
 def test_a_reference_is_the_policy_until_its_first_update_and_follows_where_it_should(
     policy, device, tokenizer
 ):
-    """The log-probs are the toy's, or those of the policy when it was last followed; never with a gradient."""
+    """The log-probs are the toy's, or the policy's when it was last followed; never with a gradient."""
     batch, toys, _ = forward(policy, alone(SEQUENCES))
     for follows in (True, False):
         reference = load_reference(
