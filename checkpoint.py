@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.utils.serialization import config as torch_save
 
 from flags import Flags
-from processes import Fault, error_line, everywhere
+from processes import Fault, error_line, everywhere, on_rank_0
 from window import window_fault
 
 # A run goes on with other values of these: they do not change what it computes, or its rows say more than
@@ -61,12 +61,11 @@ class Progress:
     skipped_in_a_row: int = 0
     saved: int = 0  # the step of the newest checkpoint
 
-    def count(self, finite: bool) -> bool:
-        """A step is done. finite: whether its update is, else it is skipped; returned."""
+    def advance(self, finite: bool):
+        """A step is done; finite: whether its update was, or was skipped."""
         self.step += 1
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        return finite
 
 
 @dataclass
@@ -102,15 +101,15 @@ class Checkpoints:
         Raises SystemExit on every rank if one of them fails; earlier checkpoints are then as they were.
         """
         rank, began, progress.saved = dist.get_rank(), time.perf_counter(), progress.step
-        folder = everywhere(lambda: self.run.directory / "checkpoints")[0]
+        folder = on_rank_0(lambda: self.run.directory / "checkpoints")
         partial = folder / f"step-{progress.step:06d}.partial"
         try:
             self.window.save(progress.step)
-            everywhere(lambda: rank == 0 and _prepare(partial))
+            on_rank_0(lambda: _prepare(partial))
             tensors = self._tensors(self.window.state(), progress.step)
             parts = everywhere(lambda: write_tensors(partial, tensors))
             generators = everywhere(_generators)
-            everywhere(lambda: rank == 0 and self._finish(partial, progress, parts, generators))
+            on_rank_0(lambda: self._finish(partial, progress, parts, generators))
         except Fault as error:
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
@@ -222,7 +221,7 @@ def find_checkpoint(args: Flags) -> Checkpoint | None:
         if (run / "model").exists() and args.steps <= facts["args"]["steps"]:
             say(f"{run} has done its {facts['args']['steps']} steps")
             raise SystemExit(0)
-    candidates = everywhere(lambda: [asked] if exact else _found(run / "checkpoints"))[0]
+    candidates = on_rank_0(lambda: [asked] if exact else _found(run / "checkpoints"))
     fault = "no checkpoint in it"
     for directory in candidates:
         fault = next(filter(None, everywhere(lambda d=directory: _fault(d))), None)

@@ -90,8 +90,8 @@ class Sums:
                 metrics[f"reward/{kind}"] = self[f"reward/{kind}"] / self[f"scored/{kind}"]
         if self["sampled"]:  # steps whose completions were sampled before have nothing to sample
             metrics["tokens_per_second/sample"] = self["sampled"] / self.seconds["sample"]
-        if self["trained"]:
-            metrics["tokens_per_second/update"] = self["trained"] / self.seconds["update"]
+        if self["tokens_used"]:
+            metrics["tokens_per_second/update"] = self["tokens_used"] / self.seconds["update"]
         if torch.cuda.is_available():
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return metrics

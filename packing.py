@@ -47,7 +47,7 @@ class Example:
     advantages: list[float | None] | None = None
 
     @property
-    def read(self) -> list[int]:
+    def used(self) -> list[int]:
         """The completions that the update reads, each once."""
         if self.pairs is not None:
             return list(dict.fromkeys(itertools.chain(*self.pairs)))
@@ -60,11 +60,11 @@ class Sequence:
     """A prompt and the completions of its example that share it, which stand side by side in a row."""
 
     example: Example
-    read: list[int]
+    used: list[int]
 
     @property
     def width(self) -> int:
-        lengths = [len(self.example.completions[i].ids) for i in self.read]
+        lengths = [len(self.example.completions[i].ids) for i in self.used]
         return len(self.example.row.ids) + sum(map(_tokens_read, lengths))
 
 
@@ -85,11 +85,11 @@ class MicroBatch:
     mask_BT: torch.Tensor  # true where completion b has a token t, the end token included
     sampler_BT: torch.Tensor  # log-probs that the sampler drew the tokens with, 0 outside the mask
     advantage_B: torch.Tensor  # 0 without advantages
-    chosen_P: torch.Tensor  # b of each pair's chosen completion
-    rejected_P: torch.Tensor
+    chosen_index_P: torch.Tensor  # b of each pair's chosen completion
+    rejected_index_P: torch.Tensor
     weight_P: torch.Tensor  # 1 / pairs of its example
     origin_B: list[tuple[Example, int]]  # of each completion: its example, and its index there
-    tokens: int  # prompt and completion, of each completion
+    tokens_used: int  # of each completion, with its prompt
 
 
 def micro_batches(examples: list[Example], policy, max_tokens: int) -> Iterator[MicroBatch]:
@@ -121,7 +121,7 @@ def micro_batches(examples: list[Example], policy, max_tokens: int) -> Iterator[
 def collate(sequences: list[Sequence], policy) -> MicroBatch:
     """The tensors of a micro-batch; of a dummy without sequences."""
     sizes, device = [sequence.width for sequence in sequences] or [1], policy.device
-    masked = any(len(sequence.read) > 1 for sequence in sequences)
+    masked = any(len(sequence.used) > 1 for sequence in sequences)
     rows, width, starts = _place(sizes, policy.hidden_size, policy.shares, masked)
     masked = masked or rows < len(sizes)
     ids, positions, sequence_of, completion_of = ([fill] * (rows * width) for fill in (0, 0, -1, 0))
@@ -131,7 +131,7 @@ def collate(sequences: list[Sequence], policy) -> MicroBatch:
         end = start + len(prompt)
         ids[start:end], positions[start:end] = prompt, range(len(prompt))
         source_of_first = end - 1
-        for k, i in enumerate(sequence.read, 1):
+        for k, i in enumerate(sequence.used, 1):
             completion = sequence.example.completions[i]
             size = _tokens_read(len(completion.ids))
             source += [source_of_first, *range(end, end + size)][: len(completion.ids)]
@@ -159,7 +159,7 @@ def collate(sequences: list[Sequence], policy) -> MicroBatch:
     mask_BT = torch.arange(max(1, *lengths), device=device) < tensor(lengths)[:, None]
     sampler_N = tensor([logp for completion in completions for logp in completion.logps], torch.float32)
     advantages = [example.advantages[i] if example.advantages else 0.0 for example, i in origin_B] or [0.0]
-    chosen_P, rejected_P, pairs_P = tensor(pairs).reshape(-1, 3).T
+    chosen_index_P, rejected_index_P, pairs_P = tensor(pairs).reshape(-1, 3).T
     return MicroBatch(
         ids_RL=ids_RL,
         position_RL=position_RL,
@@ -170,11 +170,11 @@ def collate(sequences: list[Sequence], policy) -> MicroBatch:
         mask_BT=mask_BT,
         sampler_BT=torch.zeros(mask_BT.shape, device=device).masked_scatter(mask_BT, sampler_N),
         advantage_B=tensor(advantages, torch.float32),
-        chosen_P=chosen_P,
-        rejected_P=rejected_P,
+        chosen_index_P=chosen_index_P,
+        rejected_index_P=rejected_index_P,
         weight_P=1 / pairs_P,
         origin_B=origin_B,
-        tokens=sum(len(e.row.ids) + len(e.completions[i].ids) for e, i in origin_B),
+        tokens_used=sum(len(e.row.ids) + len(e.completions[i].ids) for e, i in origin_B),
     )
 
 
@@ -186,12 +186,12 @@ def split(example: Example, policy, max_tokens: int) -> list[Sequence]:
     in the matrices of a layer are those of 6 H pairs of attention.)
     """
     sequences, width, prompt = [], 0, len(example.row.ids)
-    for i in example.read:
+    for i in example.used:
         completion = _tokens_read(len(example.completions[i].ids))
         saved = prompt * (prompt + 2 * completion + 6 * policy.hidden_size)
         fits = width + completion <= max_tokens and MASKED * 2 * width * completion < saved
         if sequences and policy.shares and fits:
-            sequences[-1].read.append(i)
+            sequences[-1].used.append(i)
             width += completion
         else:
             sequences.append(Sequence(example, [i]))

@@ -118,6 +118,11 @@ def everywhere(work: Callable) -> list:
     return [result for result, _ in outcomes]
 
 
+def on_rank_0(work: Callable):
+    """Runs `work` on rank 0; its result, or a Fault if it fails, comes to every rank. Collective."""
+    return everywhere(lambda: None if dist.get_rank() else work())[0]
+
+
 # ---- how a process ends
 
 

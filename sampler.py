@@ -35,7 +35,26 @@ class SyncError(SystemExit):
     """The sampler does not hold the policy's weights; uncaught, one line and exit code 1."""
 
 
-class VLLMSampler:
+class Sampler:
+    """What every sampler has: `version`, the step whose weights it holds, or None; `dtype`; and `generate`,
+    `reload`, `sleep`, `close`, as `VLLMSampler` explains them.
+    """
+
+    def follow(self, policy, step: int) -> bool:
+        """Takes over the policy's weights of this step, unless a validation has brought them already; returns
+        whether it did. Collective.
+        """
+        if self.version == step:
+            return False
+        self.reload(policy.full_weights(self.dtype), step)
+        return True
+
+    def check_awake(self):
+        if self.version is None:
+            raise SyncError("the sampler sleeps and holds nobody's weights: reload it before it is asked")
+
+
+class VLLMSampler(Sampler):
     """An in-process vLLM engine.
 
     model: directory or hub name; vocab: ids from it on are never sampled; stop_ids: those that end a
@@ -112,7 +131,7 @@ class VLLMSampler:
         """
         if not prompts:
             return []
-        check_awake(self)
+        self.check_awake()
         self._forget()
         # logprobs=0: of the sampled token only; flat: no object for each token
         params = self.SamplingParams(
@@ -161,17 +180,15 @@ class VLLMSampler:
             )
 
     def sleep(self):
-        """Until the next reload nobody asks it: its weights and keys and values are dropped, and the GPU is
-        free.
-        """
+        """Nobody asks it until the next reload. On a GPU it drops its weights, keys and values."""
         if self.can_sleep and not self.asleep:
             self.llm.sleep(level=2)
             self.asleep = True
         self.version = None
 
     def close(self):
-        """Ends the engine; again is no harm. vLLM takes torch's process groups down with it, so this comes
-        last.
+        """Ends the engine; again is no harm. vLLM takes torch's process groups down with it, and so no
+        collective may follow.
         """
         if self.llm is None:
             return
@@ -181,11 +198,6 @@ class VLLMSampler:
         self.llm = None
         atexit.unregister(self.close)
         gc.collect()
-
-
-def check_awake(sampler):
-    if sampler.version is None:
-        raise SyncError("the sampler sleeps and holds nobody's weights: reload it before it is asked")
 
 
 def _ban_ids_from(vocab: int):

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data import Completion
-from sampler import SyncError, check_awake
+from sampler import Sampler, SyncError
 
 BATCH = (256, 2**17)  # most sequences, and most tokens of keys and values, in one call of transformers
 
 
-class HFSampler:
+class HFSampler(Sampler):
     """The interface of `VLLMSampler`, and its arguments; the engine's others mean nothing here."""
 
     def __init__(self, model: str, *, tokenizer, vocab, stop_ids, device, dtype, trust: bool, **_):
@@ -25,7 +25,7 @@ class HFSampler:
         self.capacity = f"{BATCH[0]} sequences, or {BATCH[1]:,} tokens, at one time on each rank"
 
     def generate(self, prompts, n, max_new_tokens, temperature, seed, top_p=1.0) -> list[list[Completion]]:
-        check_awake(self)
+        self.check_awake()
         torch.manual_seed(seed)
         sequences, tokens = BATCH
         longest = max(map(len, prompts), default=0) + max_new_tokens

@@ -3,17 +3,17 @@
     loss = -log sigmoid( beta * [ log pi/ref (chosen) - log pi/ref (rejected) ] )      (paper, eq. 3)
 
 `--sync-steps s` is the dial: optimizer steps between two reloads of the sampler's weights. 1 is
-online, inf is offline (the sampler keeps its first weights), anything between is semi-online. It is
-an interval, not a bound on the age of samples.
+online, inf is offline (the sampler keeps its first weights), anything between is semi-online:
+a completion is at most s - 1 steps old.
 
     torchrun train_dpo.py --sync-steps 100         # no --model: the toy, on a laptop
     torchrun --nproc-per-node 8 train_dpo.py --sync-steps 100 --data FILE \\
         --model meta-llama/Llama-3.1-8B-Instruct   # the defaults are then the paper's for maths
 
 Departures from the paper:
-- Every window has s updates; the original code's first one has s - 1.
-- A window's completions are all sampled at its sync (window.py). Its weights do not change, so neither does
-  the distribution.
+- Every window has s updates; in the original code the run's first window has s - 1.
+- A window's completions are all sampled at its sync (window.py). The sampler's weights are fixed inside a
+  window, so sampling early draws from the same distribution.
 - A completion whose reward could not be had leaves its group; the original code scores it 0.
 - Chosen and rejected are drawn at random, as the text says; the original code takes the first ones.
 - The learning rate is constant after the warm-up; the paper does not state its schedule.
@@ -131,7 +131,8 @@ def get_args(argv=None) -> flags.Flags:
 
 def pick_pairs(rewards: list, rng: random.Random, every: bool) -> list[tuple[int, int]]:
     """Which completions are (chosen, rejected): one of the best and one of the worst at random, which for a
-    verifier means a right and a wrong one; none where all are equal (paper, section 3.2). None: unknown.
+    verifier means a right and a wrong one; none where all are equal (paper, section 3.2). A reward may be
+    None: unknown.
 
     every: all pairs of a better and a worse completion (GroupDPO, eq. 4).
     """
@@ -140,8 +141,9 @@ def pick_pairs(rewards: list, rng: random.Random, every: bool) -> list[tuple[int
         return [(i, j) for i in scored for j in scored if rewards[i] > rewards[j]]
     if len({rewards[i] for i in scored}) < 2:
         return []
-    ends = (pick(rewards[i] for i in scored) for pick in (max, min))
-    return [tuple(rng.choice([i for i in scored if rewards[i] == end]) for end in ends)]
+    best, worst = (end(rewards[i] for i in scored) for end in (max, min))
+    chosen = rng.choice([i for i in scored if rewards[i] == best])
+    return [(chosen, rng.choice([i for i in scored if rewards[i] == worst]))]
 
 
 def make_examples(groups: list, step: int, args) -> list[Example]:
@@ -156,7 +158,9 @@ def make_examples(groups: list, step: int, args) -> list[Example]:
 
 
 def mean_chosen_length(examples: list[Example]) -> float:
-    """Tokens of a chosen completion, a mean over the pairs of all ranks; collective."""
+    """Tokens of a chosen completion: a mean over prompts, on all ranks, of the mean over their pairs;
+    collective.
+    """
     tokens = sum(len(e.completions[chosen].ids) / len(e.pairs) for e in examples for chosen, _ in e.pairs)
     pairs = sum(bool(example.pairs) for example in examples)
     tokens, pairs = processes.over_ranks(tokens, pairs)
@@ -164,7 +168,7 @@ def mean_chosen_length(examples: list[Example]) -> float:
 
 
 def needs_reference(args) -> bool:
-    """Online, where it follows the sampler, it is the policy of the step itself and never runs."""
+    """Not where it is always the policy of the step itself: online, with --sync-ref."""
     return args.sync_steps > 1 or not args.sync_ref
 
 
@@ -176,22 +180,28 @@ def dpo_loss(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, beta: float):
 
 
 def batch_loss(batch, logps_BT, ref_BT, entropy_BT, chosen_length: float, args):
-    """The loss of a micro-batch, summed over prompts, with the terms of the ablations that are on; and the
-    implicit reward of each completion.
+    """The loss of a micro-batch, summed over prompts, with the terms of the ablations that are on; and, for
+    the log, the implicit rewards beta log pi/ref, summed alike.
 
     chosen_length: the mean length of the step's chosen completions, which makes the NLL a mean over tokens.
     """
-    chosen_P, rejected_P = batch.chosen_P, batch.rejected_P
+    chosen, rejected = batch.chosen_index_P, batch.rejected_index_P
     length_B = batch.mask_BT.sum(-1).clamp(min=1)
     logps_B, ref_B = logps_BT.sum(-1), ref_BT.sum(-1)
     if args.length_normalize:
         logps_B, ref_B = logps_B / length_B, ref_B / length_B
-    loss_P = dpo_loss(logps_B[chosen_P], logps_B[rejected_P], ref_B[chosen_P], ref_B[rejected_P], args.beta)
+    loss_P = dpo_loss(logps_B[chosen], logps_B[rejected], ref_B[chosen], ref_B[rejected], args.beta)
     if args.nll_weight:
-        loss_P = loss_P - args.nll_weight * logps_BT.sum(-1)[chosen_P] / chosen_length
+        loss_P = loss_P - args.nll_weight * logps_BT.sum(-1)[chosen] / chosen_length
     if args.entropy_weight:
-        loss_P = loss_P - args.entropy_weight * (entropy_BT.sum(-1) / length_B)[chosen_P]
-    return (loss_P * batch.weight_P).sum(), args.beta * (logps_B - ref_B).detach()
+        loss_P = loss_P - args.entropy_weight * (entropy_BT.sum(-1) / length_B)[chosen]
+    reward_B = args.beta * (logps_B - ref_B).detach()
+    logged = {
+        "chosen": (reward_B[chosen] * batch.weight_P).sum(),
+        "rejected": (reward_B[rejected] * batch.weight_P).sum(),
+        "ordered": ((reward_B[chosen] > reward_B[rejected]) * batch.weight_P).sum(),
+    }
+    return (loss_P * batch.weight_P).sum(), logged
 
 
 # ---- main
@@ -204,7 +214,7 @@ def main(argv=None):
     require_sampler(args.sampler)
     rank, world, device = processes.start()
     mesh, dtype = processes.device_mesh(device, args.shard_ranks), processes.compute_dtype(device)
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(args)  # which knows --out and --date
     args.date = args.date or processes.gather([time.strftime("%Y-%m-%d")])[0]  # one for the whole experiment
     run = Run(args, f"dpo-s{args.sync_steps}", checkpoint)
 
@@ -244,7 +254,7 @@ def main(argv=None):
 
     # 5 the loop
     run.begin()
-    window.go_on(progress.step, checkpoint and checkpoint.state["window"], run.say)
+    window.restore(progress.step, checkpoint and checkpoint.state["window"], run.say)
     run.announce(prompts, sampler)
     if args.eval_every and not checkpoint:
         progress.first = progress.last = validate(0)
@@ -257,9 +267,8 @@ def main(argv=None):
         optimizer.param_groups[0]["lr"] = lr
 
         # ---- sync: the sampler takes over the policy's weights, the reference too where it follows
-        if step == window.end:  # not every s steps: a run may have been given more --steps
-            if sampler.version != step:  # a validation may have brought them
-                sampler.reload(policy.full_weights(dtype), step)
+        if step == window.end:  # every s steps, if the run was not resumed with more --steps
+            sampler.follow(policy, step)
             reference.follow(policy, step)
             window.begin(step)
         sums.lap("sync")
@@ -268,56 +277,50 @@ def main(argv=None):
         if not window.fill(step, sampler, policy, interrupt, sums):
             stop = BY_SIGNAL  # what is sampled so far stays
             break
-        sampler.sleep()  # its weights are dropped: nobody needs them before the next reload
+        sampler.sleep()  # nobody needs its weights before the next reload; a validation wakes it too
         groups = window[step]
         sums.lap("sample")
 
         # ---- score
         if not window.scored:
-            scorer.score(groups)
+            scorer.score(groups)  # fills in the reward of each completion
         sums.add_groups(step, groups)
         sums.lap("score")
 
         # ---- update
         examples = make_examples(groups, step, args)
-        chosen_length = mean_chosen_length(examples)
+        chosen_length = mean_chosen_length(examples) if args.nll_weight else 0.0
         sums.add(pairs=sum(bool(example.pairs) for example in examples))
         for batch in micro_batches(examples, policy, args.micro_batch_tokens):  # as many on every rank
             logps_BT, entropy_BT = policy(batch)
             ref_BT = reference(batch, logps_BT, step)
-            loss, implicit_B = batch_loss(batch, logps_BT, ref_BT, entropy_BT, chosen_length, args)
+            loss, logged = batch_loss(batch, logps_BT, ref_BT, entropy_BT, chosen_length, args)
             # a mean over all prompts of the step, pairless ones too (the original code's); x world, because
             # FSDP averages gradients over ranks
             (loss / args.prompts_per_step * world).backward()
-            chosen_P, rejected_P = implicit_B[batch.chosen_P], implicit_B[batch.rejected_P]
-            sums.add(
-                loss=loss,
-                chosen=(chosen_P * batch.weight_P).sum(),
-                rejected=(rejected_P * batch.weight_P).sum(),
-                ordered=((chosen_P > rejected_P) * batch.weight_P).sum(),
-                entropy=entropy_BT.sum(),
-                tokens=batch.mask_BT.sum(),
-                trained=batch.tokens,
-            )
+            sums.add(loss=loss, **logged, entropy=entropy_BT.sum())
+            sums.add(tokens=batch.mask_BT.sum(), tokens_used=batch.tokens_used)
         grad_norm = clip_gradients(policy, args.grad_clip)
         sums.add(interrupted=interrupt.asked)
         sums.reduce()
-        if progress.count(finite=math.isfinite(grad_norm + sums["loss"])):
+        finite = math.isfinite(grad_norm) and math.isfinite(sums["loss"])
+        if finite:
             optimizer.step()
         optimizer.zero_grad()
+        progress.advance(finite)
         sums.lap("update")
 
         # ---- log, validate, save
-        pairs = max(1, sums["pairs"])
+        paired = max(1, sums["pairs"])  # prompts with a pair
         metrics = sums.metrics() | {
             "step": step,
             "learning_rate": lr,
             "loss": sums["loss"] / args.prompts_per_step,
             "pairs": round(sums["pairs"]),
-            "rewards/chosen": sums["chosen"] / pairs,
-            "rewards/rejected": sums["rejected"] / pairs,
-            "rewards/margins": (sums["chosen"] - sums["rejected"]) / pairs,
-            "rewards/accuracies": sums["ordered"] / pairs,
+            "rewards/chosen": sums["chosen"] / paired,
+            "rewards/rejected": sums["rejected"] / paired,
+            "rewards/margins": (sums["chosen"] - sums["rejected"]) / paired,
+            "rewards/accuracies": sums["ordered"] / paired,
             "grad_norm": grad_norm,
             "skipped": progress.skipped,
         }
@@ -327,7 +330,7 @@ def main(argv=None):
         if validate.due(progress.step):
             progress.last = validate(progress.step)
         name, score = progress.last
-        bar.set_postfix({"reward": metrics["reward"], name: score, "age": metrics["sync/age"]})
+        bar.set_postfix({"reward": metrics["reward"], f"eval {name}": score, "age": metrics["sync/age"]})
         stop = run.reason_to_stop(sums, progress, groups)
         if stop:
             break

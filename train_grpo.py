@@ -1,23 +1,23 @@
 """Semi-online GRPO (arXiv 2506.21495): sample a group of completions, learn from those above its mean.
 
-    loss = - sum over tokens of  min( ratio A, clip(ratio) A )  +  beta KL        (paper, eq. 1)
+    loss = - sum over tokens of  min( ratio A, clip(ratio) A )  +  beta KL     (paper, eq. 1, with PPO's clip)
     A = reward - mean of its group [/ standard deviation],   ratio = pi / pi of the sampler
 
 `--sync-steps s` is the dial: optimizer steps between two reloads of the sampler's weights. 1 is
-online, inf is offline (the sampler keeps its first weights), anything between is semi-online. It is
-an interval, not a bound on the age of samples.
+online, inf is offline (the sampler keeps its first weights), anything between is semi-online:
+a completion is at most s - 1 steps old.
 
     torchrun train_grpo.py --sync-steps 10         # no --model: the toy, on a laptop
     torchrun --nproc-per-node 8 train_grpo.py --sync-steps 10 --data FILE \\
         --model meta-llama/Llama-3.1-8B-Instruct   # the defaults are then the paper's for maths
 
 Departures from the paper:
-- Every window has s updates; the original code's first one has s - 1.
-- A window's completions are all sampled at its sync (window.py). Its weights do not change, so neither does
-  the distribution.
+- Every window has s updates; in the original code the run's first window has s - 1.
+- A window's completions are all sampled at its sync (window.py). The sampler's weights are fixed inside a
+  window, so sampling early draws from the same distribution.
 - A completion whose reward could not be had leaves its group; the original code scores it 0.
-- Advantages are divided by the group's standard deviation, so that hard and easy prompts weigh alike, as in
-  the original code; --no-std-norm is the text's eq. 1.
+- Advantages are not divided by the group's standard deviation, as in the text's eq. 1; the original code
+  divides them, so that hard and easy prompts weigh alike: --std-norm, the toy's default.
 - A group of equal rewards contributes nothing, not even KL, and costs no forward.
 - The paper is on-policy and corrects nothing. Here the ratio is to the sampler's own log-probs: in the step
   after a reload it can only be rounding, and weighs the plain policy gradient; later it is clipped as in PPO.
@@ -167,7 +167,9 @@ def policy_loss(logps_BT, sampler_BT, adv_B, stale: bool, clip_low: float, clip_
 
 
 def needs_reference(args) -> bool:
-    """Online, where it follows the sampler, it is the policy of the step itself and never runs."""
+    """Not where the KL weighs nothing, nor where it is always the policy of the step itself: online, with
+    --sync-ref.
+    """
     return args.beta > 0 and (args.sync_steps > 1 or not args.sync_ref)
 
 
@@ -195,7 +197,7 @@ def main(argv=None):
     require_sampler(args.sampler)
     rank, world, device = processes.start()
     mesh, dtype = processes.device_mesh(device, args.shard_ranks), processes.compute_dtype(device)
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(args)  # which knows --out and --date
     args.date = args.date or processes.gather([time.strftime("%Y-%m-%d")])[0]  # one for the whole experiment
     run = Run(args, f"grpo-s{args.sync_steps}", checkpoint)
 
@@ -235,7 +237,7 @@ def main(argv=None):
 
     # 5 the loop
     run.begin()
-    window.go_on(progress.step, checkpoint and checkpoint.state["window"], run.say)
+    window.restore(progress.step, checkpoint and checkpoint.state["window"], run.say)
     run.announce(prompts, sampler)
     run.say("the loss prints near 0 or goes with length: advantages add up to 0; watch reward, kl, entropy")
     if args.eval_every and not checkpoint:
@@ -249,9 +251,8 @@ def main(argv=None):
         optimizer.param_groups[0]["lr"] = lr
 
         # ---- sync: the sampler takes over the policy's weights, the reference too where it follows
-        if step == window.end:  # not every s steps: a run may have been given more --steps
-            if sampler.version != step:  # a validation may have brought them
-                sampler.reload(policy.full_weights(dtype), step)
+        if step == window.end:  # every s steps, if the run was not resumed with more --steps
+            sampler.follow(policy, step)
             reference.follow(policy, step)
             window.begin(step)
         sums.lap("sync")
@@ -260,13 +261,13 @@ def main(argv=None):
         if not window.fill(step, sampler, policy, interrupt, sums):
             stop = BY_SIGNAL  # what is sampled so far stays
             break
-        sampler.sleep()  # its weights are dropped: nobody needs them before the next reload
+        sampler.sleep()  # nobody needs its weights before the next reload; a validation wakes it too
         groups = window[step]
         sums.lap("sample")
 
         # ---- score
         if not window.scored:
-            scorer.score(groups)
+            scorer.score(groups)  # fills in the reward of each completion
         sums.add_groups(step, groups)
         sums.lap("score")
 
@@ -275,7 +276,7 @@ def main(argv=None):
             Example(row, group, advantages=advantages([c.reward for c in group], args.std_norm))
             for row, group in groups
         ]
-        completions, tokens = processes.over_ranks(sums["completions"], sums["length"])
+        completions, sampled = processes.over_ranks(sums["completions"], sums["length"])
         for batch in micro_batches(examples, policy, args.micro_batch_tokens):  # as many on every rank
             logps_BT, entropy_BT = policy(batch)
             loss_BT, clipped_BT = policy_loss(
@@ -283,23 +284,20 @@ def main(argv=None):
                 clip_low=args.clip_low, clip_high=args.clip_high, is_cap=args.is_cap,
             )  # fmt: skip
             kl_BT = kl_to_reference(logps_BT, reference(batch, logps_BT, step))
-            weight_B = token_weight(args.loss_norm, batch.mask_BT.sum(-1), completions, tokens)
+            weight_B = token_weight(args.loss_norm, batch.mask_BT.sum(-1), completions, sampled)
             loss = (((loss_BT + args.beta * kl_BT) * batch.mask_BT).sum(-1) * weight_B).sum()
             (loss * world).backward()  # x world, because FSDP averages gradients over ranks
-            sums.add(
-                loss=loss,
-                kl=(kl_BT * batch.mask_BT).sum(),
-                clipped=(clipped_BT & batch.mask_BT).sum(),
-                entropy=entropy_BT.sum(),
-                tokens=batch.mask_BT.sum(),
-                trained=batch.tokens,
-            )
+            sums.add(loss=loss, kl=(kl_BT * batch.mask_BT).sum(), entropy=entropy_BT.sum())
+            sums.add(clipped=(clipped_BT & batch.mask_BT).sum())
+            sums.add(tokens=batch.mask_BT.sum(), tokens_used=batch.tokens_used)
         grad_norm = clip_gradients(policy, args.grad_clip)
         sums.add(interrupted=interrupt.asked)
         sums.reduce()
-        if progress.count(finite=math.isfinite(grad_norm + sums["loss"])):
+        finite = math.isfinite(grad_norm) and math.isfinite(sums["loss"])
+        if finite:
             optimizer.step()
         optimizer.zero_grad()
+        progress.advance(finite)
         sums.lap("update")
 
         # ---- log, validate, save
@@ -319,7 +317,7 @@ def main(argv=None):
         if validate.due(progress.step):
             progress.last = validate(progress.step)
         name, score = progress.last
-        bar.set_postfix({"reward": metrics["reward"], name: score, "age": metrics["sync/age"]})
+        bar.set_postfix({"reward": metrics["reward"], f"eval {name}": score, "age": metrics["sync/age"]})
         stop = run.reason_to_stop(sums, progress, groups)
         if stop:
             break

@@ -24,11 +24,9 @@ class Validation:
     def __call__(self, step: int) -> tuple[str, float]:
         """Returns the name of the score (accuracy, or reward where nothing is verifiable) and its mean."""
         sampler, rows = self.sampler, self.prompts.valid[dist.get_rank() :: dist.get_world_size()]
-        reload = sampler.version != step
-        if reload:
-            sampler.reload(self.policy.full_weights(sampler.dtype), step)
+        reloaded = sampler.follow(self.policy, step)
         groups = sample(sampler, rows, 1, self.args, "valid", step)
-        if reload:
+        if reloaded:
             self_test(sampler, self.policy, groups)
         self.scorer.score(groups)
         sums = Sums(self.prompts.kinds)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Prompts, read_rollout, rollout_line
-from processes import Fault, everywhere, interleave
+from processes import Fault, everywhere, interleave, on_rank_0
 from sampler import sample, self_test
 
 CHUNK = 10  # steps that are sampled in one call
@@ -43,7 +43,7 @@ SAMPLING = (
 class Window:
     """The steps from `start` up to, but not including, `end`, and this rank's completions of them.
 
-    ends: where it ended when it began, and where it ends since the run was given more --steps.
+    ends: where it was to end and, if a run was resumed with more --steps, where it ends now.
     """
 
     scored = False  # the completions have no rewards yet
@@ -85,12 +85,12 @@ class Window:
         self.start, self.ends = step, [min(step + self.args.sync_steps, self.args.steps)]
         self.files, self.groups, self.rewards = {}, {}, []
         if len(self.chunks) > 1:
-            everywhere(lambda: self.rank or self.forget())
+            on_rank_0(self.forget)
             self._find(step)
-        elif self.rank == 0:  # such a chunk is sampled again sooner than compared
+        elif self.rank == 0:  # a single chunk is sampled again sooner than it is checked
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    def go_on(self, step: int, state: dict | None, say: Callable):
+    def restore(self, step: int, state: dict | None, say: Callable):
         """Takes up the window of a checkpoint's `state` at `step`, or of none at step 0; collective. Windows
         of other runs, and of steps that the run has not reached, are deleted.
         """
@@ -98,14 +98,16 @@ class Window:
         if self.start > 0:  # --model's files have no part in it any more
             self.key = state["key"]
         end = min(self.start + self.args.sync_steps, self.args.steps)
+        # more --steps: the first window is extended, since a new sampler has its weights, --model's; a later
+        # one ends where it was to end
         if self.start == 0 < step and end > self.end:
-            self.ends = [*self.ends, end]  # its weights are --model's, which the new sampler has
+            self.ends = [*self.ends, end]
         elif step > self.start > 0 and end > self.end:
             steps = f"steps {self.start} to {self.end - 1}"
             say(f"the window of {steps} ends where --steps ended it: a new one begins at step {self.end}")
-        if step in (self.start, self.end):  # nothing of a window is done: one begins at this step
+        if step in (self.start, self.end):  # between two windows: the next one begins at this step
             self.start, self.ends = step, [step]
-        everywhere(lambda: self.rank or self.forget(say))
+        on_rank_0(lambda: self.forget(say))
         self._find(step)
 
     def missing(self, step: int) -> list[tuple[int, int]]:
@@ -121,7 +123,7 @@ class Window:
         tokens that this rank has sampled to `sums`, and what it took.
         """
         missing = self.missing(step)
-        if self.on_policy(step) and self.chunks[0] in self.files:
+        if self.on_policy(step) and self.chunks[0] in self.files:  # a killed run has left it
             self.groups = self._read(self.chunks[0])
             sums.notes |= self_test(sampler, policy, sum(self.groups.values(), []))
         bar = tqdm(
@@ -141,7 +143,7 @@ class Window:
             sums.add(sampled=sum(len(c.ids) for _, group in groups for c in group))
             sums.lap("sample")
             completions += self.world * sum(len(group) for _, group in groups)
-            del groups, rest
+            del groups, rest  # a long window's chunk is large: it goes before the next one comes
             if len(self.chunks) > 1:
                 asked = self._write(chunk, interrupt)
                 sums.lap("write")
@@ -166,7 +168,7 @@ class Window:
 
     def report(self, step: int, reward: float, say: Callable):
         """Says how the first chunk of a long window was rewarded: a bad start has to show early."""
-        self.rewards.append(reward)
+        self.rewards.append(reward)  # of the steps since this process began
         if step + 1 == self.start + CHUNK == self.start + len(self.rewards) and len(self.chunks) > 1:
             mean = f"mean reward {statistics.fmean(self.rewards):.3f}"
             say(f"steps {self.start} to {step}, of {self.end - self.start} in this window: {mean}")
@@ -250,7 +252,7 @@ class Window:
         """Notes the chunks from `step` on that are there whole, names and deletes other files; collective."""
         for chunk in [c for c in self.chunks if c[1] > step]:
             files, bad = _parts(self._directory, chunk, self.key, self.world)
-            everywhere(lambda bad=bad: self.rank or [file.unlink() for file in bad])
+            on_rank_0(lambda bad=bad: [file.unlink() for file in bad])
             for file in bad if self.rank == 0 else []:
                 done = "deleted" if files else "sampled anew"
                 tqdm.write(f"{file}: damaged, or of another window; {done}")
@@ -267,7 +269,7 @@ class Rollouts(Window):
         super().__init__(directory, args, prompts)
         self.ends = [args.steps]
 
-    def go_on(self, step: int, state: dict | None, say: Callable):
+    def restore(self, step: int, state: dict | None, say: Callable):
         pass
 
     def on_policy(self, step: int) -> bool:
@@ -296,7 +298,7 @@ def _parts(folder: Path, chunk: tuple[int, int], key: int, world: int) -> tuple[
     """A chunk's files, one for each rank that there was (as many as now, if there are such), or none where it
     is not whole; and those that are damaged or were put there from elsewhere. Collective.
     """
-    files = everywhere(lambda: sorted(folder.glob(f"{_stem(chunk)}.rank*.jsonl")))[0]
+    files = on_rank_0(lambda: sorted(folder.glob(f"{_stem(chunk)}.rank*.jsonl")))
     mine = files[dist.get_rank() :: dist.get_world_size()]
     bad = sum(everywhere(lambda: [file for file in mine if not _is_whole(file, file.read_bytes(), key)]), [])
     parts = {}  # number of ranks -> rank -> its file

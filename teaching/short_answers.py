@@ -8,7 +8,7 @@ def short(answer, text, /, limit, **columns):
     return float(text.strip() == answer and len(text) <= limit)
 
 
-if __name__ == "__main__":  # a worker imports this file, and has no use for the rest
+if __name__ == "__main__":  # the process in which `short` runs imports this file, and needs no torch
     import processes
     import train_grpo
 

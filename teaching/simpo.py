@@ -11,5 +11,5 @@ def dpo_loss(chosen_P, rejected_P, _ref_chosen_P, _ref_rejected_P, beta, target=
 
 
 train_dpo.dpo_loss, train_dpo.needs_reference = dpo_loss, lambda args: False
-if __name__ == "__main__":
+if __name__ == "__main__":  # what the script logs of implicit rewards is then 0
     processes.launch(lambda: train_dpo.main(["--length-normalize", *sys.argv[1:]]))

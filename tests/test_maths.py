@@ -86,7 +86,7 @@ def test_the_mean_length_of_chosen_completions_weighs_each_prompt_alike(device):
 
 
 BATCH = SimpleNamespace(
-    chosen_P=torch.tensor([0]), rejected_P=torch.tensor([1]), weight_P=torch.tensor([1.0]),
+    chosen_index_P=torch.tensor([0]), rejected_index_P=torch.tensor([1]), weight_P=torch.tensor([1.0]),
     mask_BT=torch.tensor([[True, True, False, False], [True, True, True, True]]),
 )  # fmt: skip
 
@@ -99,9 +99,10 @@ def losses(beta=0.5, nll_weight=0.0, entropy_weight=0.0, length_normalize=False)
     logps_BT = torch.tensor([[-1.0, -2.0, 0, 0], [-2.0, -1.0, -1.0, -1.0]], requires_grad=True)
     ref_BT = torch.tensor([[-2.0, -3.0, 0, 0], [-1.0, -1.0, -1.0, -1.0]])
     entropy_BT = torch.tensor([[0.5, 1.5, 0, 0], [3.0, 3.0, 3.0, 3.0]], requires_grad=True)
-    loss, implicit_B = batch_loss(BATCH, logps_BT, ref_BT, entropy_BT, 3.0, args)
+    loss, logged = batch_loss(BATCH, logps_BT, ref_BT, entropy_BT, 3.0, args)
     loss.backward()
-    return loss.item(), implicit_B.tolist(), logps_BT.grad, entropy_BT.grad
+    implicit = [logged[name].item() for name in ("chosen", "rejected")]
+    return loss.item(), implicit, logps_BT.grad, entropy_BT.grad
 
 
 def test_without_ablations_it_is_the_dpo_loss():
@@ -140,7 +141,7 @@ def test_a_loss_is_a_mean_over_the_pairs_of_a_prompt_and_a_sum_over_prompts():
     """Two pairs of one prompt, one of another: log-ratio margins 0, 2 and 4."""
     args = SimpleNamespace(beta=1.0, nll_weight=0.0, entropy_weight=0.0, length_normalize=False)
     batch = SimpleNamespace(
-        chosen_P=torch.tensor([0, 1, 3]), rejected_P=torch.tensor([2, 2, 4]),
+        chosen_index_P=torch.tensor([0, 1, 3]), rejected_index_P=torch.tensor([2, 2, 4]),
         weight_P=torch.tensor([0.5, 0.5, 1.0]), mask_BT=torch.ones(5, 1, dtype=torch.bool),
     )  # fmt: skip
     logps_BT = torch.tensor([[-3.0], [-1.0], [-3.0], [-1.0], [-5.0]])

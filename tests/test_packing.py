@@ -13,7 +13,7 @@ from packing import MASKED, Sequence, collate, first_fit, micro_batches, split
 def shared(policy, prompt, completions, max_tokens=4096):
     """Which completions of these lengths share the prompt."""
     one = example([5] * prompt, [[6] * length for length in completions])
-    return [sequence.read for sequence in split(one, policy, max_tokens)]
+    return [sequence.used for sequence in split(one, policy, max_tokens)]
 
 
 def test_the_picture_of_the_docstring(policy):
@@ -29,7 +29,7 @@ def test_the_picture_of_the_docstring(policy):
     assert batch.source_N.tolist() == [3, 4, 5, 6, 3, 7, 8, 11, 12, 13]
     assert batch.target_N.tolist() == [21, 22, 23, 24, 31, 32, 33, 51, 52, 3]
     assert batch.mask_BT.tolist() == [[True] * 4, [True] * 3 + [False], [True] * 3 + [False]]
-    assert batch.tokens == 8 + 7 + 6
+    assert batch.tokens_used == 8 + 7 + 6
 
 
 def test_what_shares_a_prompt(policy):
@@ -85,7 +85,7 @@ def test_indices_of_pairs_are_those_of_the_group_and_each_prompt_weighs_the_same
     [batch] = micro_batches(examples, policy, 4096)
     texts = [entry.completions[i].ids for entry, i in batch.origin_B]
     assert sorted(texts) == [[7, 3], [8, 3], [9, 9, 9, 3], [10, 3], [11, 3]]  # not those of no pair
-    pairs = [(texts[c], texts[r]) for c, r in zip(batch.chosen_P, batch.rejected_P, strict=True)]
+    pairs = [(texts[c], texts[r]) for c, r in zip(batch.chosen_index_P, batch.rejected_index_P, strict=True)]
     assert pairs == [([9, 9, 9, 3], [7, 3]), ([9, 9, 9, 3], [8, 3]), ([11, 3], [10, 3])]
     assert batch.weight_P.tolist() == [0.5, 0.5, 1]
 
@@ -129,8 +129,8 @@ def test_completions_without_pairs_may_go_apart(policy):
 def test_a_dummy_has_a_gradient_of_zeros(policy, weigh):
     batch = collate([], policy)
     logps_BT, entropy_BT = policy(batch)
-    assert not batch.mask_BT.any() and batch.origin_B == [] and batch.tokens == 0
-    assert len(batch.chosen_P) == len(batch.rejected_P) == len(batch.weight_P) == 0
+    assert not batch.mask_BT.any() and batch.origin_B == [] and batch.tokens_used == 0
+    assert len(batch.chosen_index_P) == len(batch.rejected_index_P) == len(batch.weight_P) == 0
     assert not logps_BT.any() and not entropy_BT.any() and not batch.advantage_B.any()
     weigh(batch, logps_BT).backward()
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())

@@ -127,7 +127,7 @@ def test_a_chunk_is_lines_of_rollouts_without_rewards(open_window, prompts):
         assert (line["prompt"], line["ids"], line["answer"]) == (row.prompt, row.ids, row.answer)
         assert [c["reward"] for c in line["completions"]] == [None, None]
     again = open_window(s=4)
-    again.go_on(5, window.state(), print)
+    again.restore(5, window.state(), print)
     assert whole(again, (5, 6, 7)) == whole(window, (5, 6, 7)) and not again.missing(5)
 
 
@@ -139,7 +139,7 @@ def test_what_other_ranks_wrote_is_dealt_out_anew(open_window, prompts, wrote, r
         Sampler().fill(window, 0)
     for rank in range(reads):
         window = open_window(rank=rank, world=reads)
-        window.go_on(3, {"start": 0, "ends": [25], "key": window.key}, print)
+        window.restore(3, {"start": 0, "ends": [25], "key": window.key}, print)
         assert not window.missing(3)
         for step, groups in whole(window, range(3, 25)).items():
             assert [row for row, _ in groups] == prompts.take(step * 5, 5)[rank::reads]
@@ -155,7 +155,7 @@ def test_a_signal_leaves_what_is_sampled_and_the_next_run_goes_on(open_window):
     sampler.fill(window, 0, SimpleNamespace(asked=True))
     assert sampler.calls == [0] and window.missing(0) == [(10, 20), (20, 25)]
     again = open_window()
-    again.go_on(0, None, print)
+    again.restore(0, None, print)
     again.begin(0)
     assert sampler.fill(again, 0).notes == {"gap": 0.5}  # the first completions are compared again
     assert sampler.calls == [0, 10, 20] and sampler.tested == [50, 50]
@@ -204,7 +204,7 @@ def test_a_damaged_or_foreign_chunk_is_named_and_sampled_anew(open_window, damag
     wanted = [file.read_bytes() for file in files(window)]
     damage(files(window)[1], files(other)[1])
     again, sampler = open_window(), Sampler()
-    again.go_on(12, window.state(), print)
+    again.restore(12, window.state(), print)
     said = capsys.readouterr().out
     assert f"{window._directory}/steps-000010-000020" in said and "sampled anew" in said
     sampler.fill(again, 12)
@@ -234,19 +234,19 @@ def test_more_steps(open_window):
     window.begin(0)
     sampler.fill(window, 0)
     longer = open_window(s=math.inf, steps=48)
-    longer.go_on(25, window.state(), said.append)
+    longer.restore(25, window.state(), said.append)
     assert (longer.start, longer.end, longer.missing(25), said) == (0, 48, [(25, 35), (35, 45), (45, 48)], [])
     sampler.fill(longer, 25)
     assert sampler.calls == [0, 10, 20, 25, 35, 45]
     again = open_window(s=math.inf, steps=48)
-    again.go_on(30, longer.state(), said.append)
+    again.restore(30, longer.state(), said.append)
     assert not again.missing(30) and whole(again, range(25, 48)) == whole(longer, range(25, 48))
 
     window = open_window(s=30, steps=45, name="later")
     window.begin(30)
     Sampler().fill(window, 30)
     longer = open_window(s=30, steps=90, name="later")
-    longer.go_on(40, window.state(), said.append)
+    longer.restore(40, window.state(), said.append)
     assert (longer.start, longer.end, longer.missing(40)) == (30, 45, [])
     assert said == ["the window of steps 30 to 44 ends where --steps ended it: a new one begins at step 45"]
 
@@ -269,7 +269,7 @@ def test_windows_of_an_abandoned_future_and_of_other_runs_go(open_window, tmp_pa
     assert names() == [f"step-{start:06d}-{key}" for start in (25, 50)]
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     said = []
-    open_window(seed=1).go_on(0, None, said.append)
+    open_window(seed=1).restore(0, None, said.append)
     assert names() == [] and len(said) == 2 and "of another model, other rows or other flags" in said[0]
 
     window, folder_of = open_window(steps=99), lambda start: folder / f"step-{start:06d}-{key}"
@@ -278,9 +278,9 @@ def test_windows_of_an_abandoned_future_and_of_other_runs_go(open_window, tmp_pa
     for state in ({"start": 0, "ends": [25], "key": window.key}, window.state()):
         shutil.copytree(folder_of(25), folder_of(50))
         again = open_window(steps=99)
-        again.go_on(25, state, said.append)  # at its sync: the chunks are of weights that are there
+        again.restore(25, state, said.append)  # at its sync: the chunks are of weights that are there
         assert names() == [f"step-000025-{key}"] and again.end == 25
         again.begin(25)
         assert not again.missing(25)
-    open_window(steps=99).go_on(24, {"start": 0, "ends": [25], "key": window.key}, said.append)
+    open_window(steps=99).restore(24, {"start": 0, "ends": [25], "key": window.key}, said.append)
     assert names() == [] and len(said) == 2
