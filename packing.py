@@ -101,13 +101,13 @@ def micro_batches(examples: list[Example], policy, max_tokens: int) -> Iterator[
     Longest first: what does not fit in memory fails at once, and neighbours differ little, so that little is
     padding.
     """
-    bound = []  # lists of sequences that must meet in one forward: those of a pair
+    together = []  # lists of sequences that must meet in one forward: those of an example with pairs
     for example in examples:
         sequences = split(example, policy, max_tokens)
-        bound += [sequences] if example.pairs else [[sequence] for sequence in sequences]
+        together += [sequences] if example.pairs else [[sequence] for sequence in sequences]
     batches: list[list[Sequence]] = []
-    longest = 0  # the first sequence of the last batch
-    for sequences in sorted(filter(None, bound), key=_longest, reverse=True):
+    longest = 0  # tokens of the last batch's first sequence
+    for sequences in sorted(filter(None, together), key=_longest, reverse=True):
         if not batches or (len(batches[-1]) + len(sequences)) * longest > max_tokens:
             batches.append([])
             longest = _longest(sequences)

@@ -141,7 +141,7 @@ def pick_pairs(rewards: list, rng: random.Random, every: bool) -> list[tuple[int
         return [(i, j) for i in scored for j in scored if rewards[i] > rewards[j]]
     if len({rewards[i] for i in scored}) < 2:
         return []
-    best, worst = (end(rewards[i] for i in scored) for end in (max, min))
+    best, worst = max(rewards[i] for i in scored), min(rewards[i] for i in scored)
     chosen = rng.choice([i for i in scored if rewards[i] == best])
     return [(chosen, rng.choice([i for i in scored if rewards[i] == worst]))]
 
@@ -150,7 +150,9 @@ def make_examples(groups: list, step: int, args) -> list[Example]:
     """This rank's prompts with their completions and pairs; each prompt draws with a seed of its own."""
     examples = []
     for i, (row, completions) in enumerate(groups):
-        number = dist.get_rank() + i * dist.get_world_size()  # of the prompt, in the step
+        number = (
+            dist.get_rank() + i * dist.get_world_size()
+        )  # of the prompt in the step, on any number of ranks
         rng = random.Random(f"{args.seed} pair {step} {number}")
         pairs = pick_pairs([c.reward for c in completions], rng, args.all_pairs)
         examples.append(Example(row, completions, pairs=pairs))
@@ -168,7 +170,7 @@ def mean_chosen_length(examples: list[Example]) -> float:
 
 
 def needs_reference(args) -> bool:
-    """Not where it is always the policy of the step itself: online, with --sync-ref."""
+    """False online with --sync-ref: the reference is then the policy itself at every step, and never runs."""
     return args.sync_steps > 1 or not args.sync_ref
 
 
@@ -277,7 +279,7 @@ def main(argv=None):
         if not window.fill(step, sampler, policy, interrupt, sums):
             stop = BY_SIGNAL  # what is sampled so far stays
             break
-        sampler.sleep()  # nobody needs its weights before the next reload; a validation wakes it too
+        sampler.sleep()  # in each step, since a validation may have woken it: the update gets the GPU
         groups = window[step]
         sums.lap("sample")
 
@@ -295,8 +297,8 @@ def main(argv=None):
             logps_BT, entropy_BT = policy(batch)
             ref_BT = reference(batch, logps_BT, step)
             loss, logged = batch_loss(batch, logps_BT, ref_BT, entropy_BT, chosen_length, args)
-            # a mean over all prompts of the step, pairless ones too (the original code's); x world, because
-            # FSDP averages gradients over ranks
+            # divided by all prompts of the step, also those without a pair, as the original code does; times
+            # world, because FSDP averages gradients over ranks
             (loss / args.prompts_per_step * world).backward()
             sums.add(loss=loss, **logged, entropy=entropy_BT.sum())
             sums.add(tokens=batch.mask_BT.sum(), tokens_used=batch.tokens_used)

@@ -158,7 +158,7 @@ def policy_loss(logps_BT, sampler_BT, adv_B, stale: bool, clip_low: float, clip_
     adv_B1 = adv_B[:, None]
     ratio_BT = (logps_BT - sampler_BT).clamp(max=20).exp()  # inf times a gradient of 0 would be NaN
     capped_BT = ratio_BT.clamp(max=is_cap)
-    if not stale:
+    if not stale:  # the product with exp is 1 in value, and has the gradient of the log-prob
         gain_BT = capped_BT.detach() * (logps_BT - logps_BT.detach()).exp() * adv_B1
         return -gain_BT, torch.zeros_like(logps_BT, dtype=torch.bool)
     gain_BT = torch.min(capped_BT * adv_B1, ratio_BT.clamp(1 - clip_low, 1 + clip_high) * adv_B1)
@@ -167,8 +167,8 @@ def policy_loss(logps_BT, sampler_BT, adv_B, stale: bool, clip_low: float, clip_
 
 
 def needs_reference(args) -> bool:
-    """Not where the KL weighs nothing, nor where it is always the policy of the step itself: online, with
-    --sync-ref.
+    """False where the KL weighs nothing, and online with --sync-ref: the reference is then the policy itself
+    at every step.
     """
     return args.beta > 0 and (args.sync_steps > 1 or not args.sync_ref)
 
@@ -261,7 +261,7 @@ def main(argv=None):
         if not window.fill(step, sampler, policy, interrupt, sums):
             stop = BY_SIGNAL  # what is sampled so far stays
             break
-        sampler.sleep()  # nobody needs its weights before the next reload; a validation wakes it too
+        sampler.sleep()  # in each step, since a validation may have woken it: the update gets the GPU
         groups = window[step]
         sums.lap("sample")
 
@@ -276,6 +276,7 @@ def main(argv=None):
             Example(row, group, advantages=advantages([c.reward for c in group], args.std_norm))
             for row, group in groups
         ]
+        # the denominators of the loss, which the backward needs before the other sums are known
         completions, sampled = processes.over_ranks(sums["completions"], sums["length"])
         for batch in micro_batches(examples, policy, args.micro_batch_tokens):  # as many on every rank
             logps_BT, entropy_BT = policy(batch)

@@ -138,7 +138,7 @@ class Window:
             groups = sample(sampler, sum(rows.values(), []), n, self.args, chunk[0])
             rest = iter(groups)
             self.groups = {i: [next(rest) for _ in part] for i, part in rows.items()}
-            if chunk[0] == self.start:
+            if step == chunk[0] == self.start:  # later, the policy has gone on from these weights
                 sums.notes |= self_test(sampler, policy, groups)
             sums.add(sampled=sum(len(c.ids) for _, group in groups for c in group))
             sums.lap("sample")
@@ -169,7 +169,8 @@ class Window:
     def report(self, step: int, reward: float, say: Callable):
         """Says how the first chunk of a long window was rewarded: a bad start has to show early."""
         self.rewards.append(reward)  # of the steps since this process began
-        if step + 1 == self.start + CHUNK == self.start + len(self.rewards) and len(self.chunks) > 1:
+        chunk_ends, seen_whole = step + 1 == self.start + CHUNK, len(self.rewards) == CHUNK
+        if chunk_ends and seen_whole and len(self.chunks) > 1:
             mean = f"mean reward {statistics.fmean(self.rewards):.3f}"
             say(f"steps {self.start} to {step}, of {self.end - self.start} in this window: {mean}")
 

@@ -211,6 +211,19 @@ def test_a_damaged_or_foreign_chunk_is_named_and_sampled_anew(open_window, damag
     assert sampler.calls == [10] and [file.read_bytes() for file in files(again)] == wanted
 
 
+def test_a_first_chunk_that_is_sampled_anew_later_is_not_compared_with_the_policy_of_then(open_window):
+    """The sampler has --model's weights then, and the policy has not any more."""
+    window, sampler = open_window(), Sampler()
+    window.begin(0)
+    sampler.fill(window, 0)
+    files(window)[0].unlink()
+    again = open_window()
+    again.restore(5, window.state(), print)
+    sampler.fill(again, 5)
+    assert sampler.calls == [0, 10, 20, 0] and sampler.tested == [50] and not again.missing(5)
+    assert whole(again, range(5, 25)) == whole(window, range(5, 25))
+
+
 def test_a_window_with_other_weights_than_the_models_cannot_be_filled_in(open_window, tmp_path):
     window = open_window()
     window.begin(25)
