@@ -21,7 +21,8 @@ import shutil
 import statistics
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,13 +226,11 @@ def failed(group: tuple) -> int:
     return sum(c.reward is None for c in completions) if row.reward is not None else 0
 
 
-def read_groups(out: Path) -> dict[tuple, tuple]:
-    """All (row, completions) groups that are there, in order, by chunk, source and number in the source. What
-    is in completions/, where an evaluation writes until its end, replaces what it could not score before.
-    """
+def read_groups(files: Iterable[Path]) -> dict[tuple, tuple]:
+    """Their (row, completions) groups, in order, by chunk, source and number in the source."""
     found = {}
-    for file in [out / "completions.jsonl", *(out / "completions").glob("*.jsonl")]:
-        for number, line in read_jsonl(file) if file.exists() else []:
+    for file in files:
+        for number, line in read_jsonl(file):
             group = read_rollout(line, f"{file}, line {number}")
             found[line["chunk"], line["data"], line["problem"]] = group
     return dict(sorted(found.items()))
@@ -240,6 +239,34 @@ def read_groups(out: Path) -> dict[tuple, tuple]:
 def write_groups(path: Path, groups: dict[tuple, tuple]):
     lines = (rollout_line(*groups[c, d, i], chunk=c, data=d, problem=i) for c, d, i in groups)
     write_whole(path, "".join(lines))
+
+
+def write_chunk(folder: Path, chunk: int, groups: dict[tuple, tuple]):
+    """A chunk is done if CHUNK.jsonl is there. One in which a reward failed, a judge's perhaps, is
+    CHUNK.failed.jsonl until it is done again.
+    """
+    done, again = folder / f"{chunk}.jsonl", folder / f"{chunk}.failed.jsonl"
+    if any(map(failed, groups.values())):
+        write_groups(again, groups)
+    else:
+        write_groups(done, groups)
+        again.unlink(missing_ok=True)
+
+
+def chunk_files(folder: Path) -> list[Path]:
+    """What is done comes last, so that it counts where a killed evaluation has left both."""
+    return sorted(folder.glob("*.jsonl"), key=lambda file: file.stem.isdigit())
+
+
+def unpack(file: Path, folder: Path):
+    """An evaluation that came to its end, as the files of its chunks again."""
+    chunks = defaultdict(dict)
+    for key, group in read_groups([file] if file.exists() else []).items():
+        chunks[key[0]][key] = group
+    folder.mkdir(parents=True, exist_ok=True)
+    for chunk, groups in chunks.items():
+        write_chunk(folder, chunk, groups)
+    file.unlink(missing_ok=True)
 
 
 def write_chats(out: Path, name: str, chats: list[tuple]):
@@ -312,11 +339,10 @@ def main(argv=None):
     )  # fmt: skip
 
     # 4 what an interrupted evaluation has left
-    done = set()
-    if rank == 0:  # a chunk with a completion that a judge did not score is done again
-        scored = Counter(c for (c, *_), group in read_groups(out).items() if not failed(group))
-        done = {c for c, (_, part, _) in enumerate(chunks) if scored[c] == len(part)}
-        (out / "completions").mkdir(parents=True, exist_ok=True)
+    whole, folder, done = out / "completions.jsonl", out / "completions", set()
+    if rank == 0:
+        unpack(whole, folder)
+        done = {int(file.stem) for file in chunk_files(folder) if file.stem.isdigit()}
         facts = {"settings": wanted, "ranks": world, **provenance()}
         write_whole(out / "args.json", json.dumps(facts, indent=1, default=str) + "\n")
     done = processes.gather([done])[0]
@@ -336,16 +362,16 @@ def main(argv=None):
             (c, args.data[source], i): (row, cs) for (i, row), cs in zip(part, completions, strict=True)
         }
         scorer.score([*groups.values()])
-        write_groups(out / "completions" / f"{c}.jsonl", groups)
+        write_chunk(folder, c, groups)
         bar.update(sizes[c])
     bar.close()
     processes.gather([rank])  # all of them are on disk
 
     # 6 results
     if rank == 0:
-        groups = read_groups(out)
-        write_groups(out / "completions.jsonl", groups)
-        shutil.rmtree(out / "completions")
+        groups = read_groups(chunk_files(folder))
+        write_groups(whole, groups)
+        shutil.rmtree(folder)
         by_source = defaultdict(list)
         for (_, source, _), (row, completions) in groups.items():
             by_source[source, measure_of(row.reward)].append((row, completions))
