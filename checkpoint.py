@@ -43,10 +43,10 @@ from window import window_fault
 # their path does (`data.fingerprint`). --micro-batch-tokens, --packing and --shard-ranks change the order of
 # sums, and so the last bits.
 MAY_DIFFER = (
-    "out resume packing save_every keep eval_every log_samples wandb tensorboard data eval_data rollouts"
-    " gpu_memory sleep micro_batch_tokens shard_ranks activation_checkpointing reward_timeout reward_workers"
-    " reward_offload"
-    " judge_url judge_timeout judge_concurrency max_failed max_skipped trust_remote_code steps"
+    "out resume steps save_every keep eval_every log_samples wandb tensorboard data eval_data rollouts"
+    " gpu_memory sleep packing micro_batch_tokens shard_ranks activation_checkpointing trust_remote_code"
+    " reward_timeout reward_workers reward_offload judge_url judge_timeout judge_concurrency"
+    " max_failed max_skipped"
 ).split()
 
 
@@ -151,10 +151,8 @@ class Checkpoints:
             self.optimizer.state[p] = {"step": updates, **moments}
         try:
             read_tensors(directory, self._tensors(state["window"], progress.step))
-        except (
-            ValueError,
-            dcp.CheckpointException,
-        ) as error:  # its files are whole, so it is of another model
+        except (ValueError, dcp.CheckpointException) as error:
+            # its files are whole, so it is of another model
             reason = f"not of this --model ({error_line(error)})"
             raise ArgumentError(None, f"--resume {directory}: {reason}") from error
         if self.reference.follows:

@@ -42,7 +42,7 @@ BATCH = 32  # completions sent to a worker at a time
 @dataclass(frozen=True)
 class Verifier:
     function: Callable  # (answer, text, /, **columns of the row) -> reward
-    on_timeout: float | None  # the reward where a check is late or takes its worker down; None: unknown
+    on_timeout: float | None
     needs_answer: bool
 
 
@@ -51,9 +51,12 @@ OPEN_ENDED = {"rm": "reward model", "judge": "judge"}  # rewards that do not say
 
 
 def verifier(name: str, *, on_timeout: float | None = None, needs_answer: bool = False) -> Callable:
-    """Registers a function as the reward `name`. It gets the row's reference answer, the text of a completion
-    and, by name, the row's other columns; rows lacking one that it names are refused when they are read. It
-    runs in a worker, which imports the file that it stands in. What it raises makes the reward unknown.
+    """Registers a function as the reward `name`. It gets a row's reference answer, the text of a completion
+    and, by name, the prompt and the row's other columns; a row without one that it names is refused when it
+    is read. It runs in a worker, which imports the file that it stands in.
+
+    on_timeout: the reward where the check is late or takes its worker down; None: unknown, as where the
+    function raises. needs_answer: whether rows must have an `answer`.
     """
 
     def register(function: Callable) -> Callable:

@@ -10,7 +10,7 @@ a completion is at most s - 1 steps old.
     torchrun --nproc-per-node 8 train_dpo.py --sync-steps 100 --data FILE \\
         --model meta-llama/Llama-3.1-8B-Instruct   # the defaults are then the paper's for maths
 
-Departures from the paper:
+Where this differs from the paper, or the paper from its own code:
 - Every window has s updates; in the original code the run's first window has s - 1.
 - A window's completions are all sampled at its sync (window.py). The sampler's weights are fixed inside a
   window, so sampling early draws from the same distribution.
@@ -216,7 +216,7 @@ def main(argv=None):
     require_sampler(args.sampler)
     rank, world, device = processes.start()
     mesh, dtype = processes.device_mesh(device, args.shard_ranks), processes.compute_dtype(device)
-    checkpoint = find_checkpoint(args)  # which knows --out and --date
+    checkpoint = find_checkpoint(args)  # takes over --out and --date of its run
     args.date = args.date or processes.gather([time.strftime("%Y-%m-%d")])[0]  # one for the whole experiment
     run = Run(args, f"dpo-s{args.sync_steps}", checkpoint)
 

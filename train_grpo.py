@@ -11,13 +11,13 @@ a completion is at most s - 1 steps old.
     torchrun --nproc-per-node 8 train_grpo.py --sync-steps 10 --data FILE \\
         --model meta-llama/Llama-3.1-8B-Instruct   # the defaults are then the paper's for maths
 
-Departures from the paper:
+Where this differs from the paper, or the paper from its own code:
 - Every window has s updates; in the original code the run's first window has s - 1.
 - A window's completions are all sampled at its sync (window.py). The sampler's weights are fixed inside a
   window, so sampling early draws from the same distribution.
 - A completion whose reward could not be had leaves its group; the original code scores it 0.
-- Advantages are not divided by the group's standard deviation, as in the text's eq. 1; the original code
-  divides them, so that hard and easy prompts weigh alike: --std-norm, the toy's default.
+- Advantages are not divided by the group's standard deviation, as in eq. 1; the original code divides them,
+  so that hard and easy prompts weigh alike: --std-norm, the toy's default.
 - A group of equal rewards contributes nothing, not even KL, and costs no forward.
 - The paper is on-policy and corrects nothing. Here the ratio is to the sampler's own log-probs: in the step
   after a reload it can only be rounding, and weighs the plain policy gradient; later it is clipped as in PPO.
@@ -180,8 +180,8 @@ def kl_to_reference(logps_BT, ref_BT):
 
 
 def token_weight(norm: str, length_B, completions: float, tokens: float):
-    """What a token of each completion weighs in the loss; completions, tokens: of the whole step, all ranks,
-    those of equal rewards too (the original code's).
+    """What a token of each completion weighs in the loss. completions, tokens: of the whole step on all
+    ranks, also of groups of equal rewards, as in the original code.
     """
     weight_B = 1 / length_B.clamp(min=1) if norm == "seq" else torch.ones_like(length_B)
     return weight_B / (max(1, tokens) if norm == "token" else completions)
@@ -197,7 +197,7 @@ def main(argv=None):
     require_sampler(args.sampler)
     rank, world, device = processes.start()
     mesh, dtype = processes.device_mesh(device, args.shard_ranks), processes.compute_dtype(device)
-    checkpoint = find_checkpoint(args)  # which knows --out and --date
+    checkpoint = find_checkpoint(args)  # takes over --out and --date of its run
     args.date = args.date or processes.gather([time.strftime("%Y-%m-%d")])[0]  # one for the whole experiment
     run = Run(args, f"grpo-s{args.sync_steps}", checkpoint)
 
