@@ -11,13 +11,10 @@ and whatever else its owner keeps: verifiers see these columns. A rollout is a r
 import argparse
 import datetime
 import functools
-import hashlib
 import itertools
 import json
 import math
-import os
 import random
-import re
 import sys
 import unicodedata
 import zlib
@@ -30,7 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rewards import Verifiers, row_fault
+from rewards import row_fault
 
 FIELDS = ("prompt", "reward", "answer", "uid")  # of a row; its other columns are its owner's
 
@@ -169,7 +166,7 @@ def load_prompts(
 
 
 def _load(source, tokenizer, vocab, check, max_tokens, date, talks) -> tuple[list[Row], int]:
-    raw, what = _read(source)
+    raw, what = read_source(source)
     rows, texts = [], []
     for number, line in tqdm(raw, desc=f"checking {source}", disable=not talks, leave=False):
         if isinstance(line, dict) and isinstance(line.get("prompt"), list):
@@ -390,7 +387,7 @@ class _Numbered:
             yield number, row
 
 
-def _read(source: str, revision: str | None = None) -> tuple[list | _Numbered, str]:
+def read_source(source: str, revision: str | None = None) -> tuple[list | _Numbered, str]:
     """((number, raw row) pairs, what the number counts)."""
     if Path(source).suffix in (".jsonl", ".json"):
         return list(read_jsonl(source)), "line"
@@ -429,238 +426,3 @@ def read_jsonl(path: str):
         raise ArgumentError(None, f"{path}: {error.strerror.lower()}") from error
     except UnicodeDecodeError as error:
         raise ArgumentError(None, f"{path}: not UTF-8 text") from error
-
-
-# ---- preparation: `python data.py numinamath` writes rows, and a manifest of what was dropped and why
-
-# the paper's prompt (figure 4); the model's chat template goes around it
-MATHS = (
-    "Given the following problem, reason and give a final answer to the problem.\nProblem: {problem}\n"
-    "Your response should end with 'The final answer is $\\boxed{{[answer]}}$. I hope it is correct.' "
-    "where [answer] is the response to the problem."
-)
-SYNTHETIC = {"orca_math", "synthetic_amc", "synthetic_math"}  # subsets that the paper leaves out
-PROOF = re.compile(r"\b(prove|show|demonstrate|verify) that\b|^\W*(prove|show)\b", re.I)
-CHOICES = re.compile(r"(\(A\)|\bA[.)]|\\text(bf)?\{\(?A\)?).*(\(B\)|\bB[.)]|\\text(bf)?\{\(?B\)?)", re.S)
-SPLITS = {  # rows of each split, in this order; None: all that are left
-    "numinamath": {"valid": 1980, "test": 1980, "train": None},  # the paper holds out 1,980 each
-    "wildchat": {
-        "valid": 470,
-        "train": 1000,
-    },  # as many as in the paper's selection set, which is another one
-    "math500": {"test": None},
-    "amc23": {"test": None},
-    "gsm8k": {"test": None},
-}
-SOURCES = {
-    "numinamath": "AI-MO/NuminaMath-1.5",
-    "wildchat": "allenai/WildChat-1M",
-    "math500": "HuggingFaceH4/MATH-500:test",
-    "amc23": "zwhe99/amc23:test",
-    "gsm8k": "openai/gsm8k:test:main",
-}
-COLUMNS = {
-    "numinamath": ["problem", "solution", "source"],
-    "wildchat": ["conversation", "language", "toxic"],
-    "math500": ["problem", "answer"],
-    "amc23": ["question", "answer"],
-    "gsm8k": ["question", "answer"],
-}
-
-
-def maths(problem: str, answer, **more) -> dict:
-    return {
-        "prompt": MATHS.format(problem=problem.strip()),
-        "reward": "math",
-        "answer": str(answer).strip(),
-        **more,
-    }
-
-
-def numinamath(raw: dict) -> dict | str:
-    """A row, or why there is none. NuminaMath-1.5 names proofs and multiple choice; NuminaMath-CoT does not,
-    and has the answer in the solution alone.
-    """
-    if raw["source"] in SYNTHETIC or raw.get("synthetic"):
-        return "synthetic"
-    kind, answer = raw.get("question_type"), raw.get("answer")
-    if kind == "proof" or answer == "proof" or (kind is None and PROOF.search(raw["problem"])):
-        return "proof"
-    if kind == "MCQ" or (kind is None and CHOICES.search(raw["problem"])):
-        return "multiple choice"
-    answer = last_boxed(raw["solution"] or "") if answer is None else answer
-    if not answer.strip() or answer == "notfound":
-        return "no answer"
-    return maths(raw["problem"], answer, source=raw["source"], solution=raw["solution"])
-
-
-def wildchat(raw: dict) -> dict | str:
-    """A row of the first message, or why there is none."""
-    first = raw["conversation"][0]
-    if first.get("language", raw["language"]) != "English":
-        return "not English"
-    if raw["toxic"] or first.get("toxic"):
-        return "toxic"
-    if not first["content"].strip():
-        return "empty"
-    return {"prompt": first["content"], "reward": "rm"}
-
-
-def math500(raw: dict) -> dict | str:
-    return maths(raw["problem"], raw["answer"])
-
-
-def amc23(raw: dict) -> dict | str:
-    return maths(raw["question"], str(raw["answer"]).removesuffix(".0"))
-
-
-def gsm8k(raw: dict) -> dict | str:
-    return maths(raw["question"], raw["answer"].split("####")[-1].strip().replace(",", ""))
-
-
-def last_boxed(text: str) -> str:
-    r"""What stands in the last \boxed{...}, braces balanced; "" without one."""
-    start = text.rfind("\\boxed{") + len("\\boxed{")
-    depth = 1
-    for end in range(start, len(text) if start >= len("\\boxed{") else 0):
-        depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0:
-            return text[start:end]
-    return ""
-
-
-def prepare(name: str, source: str, revision: str | None, out: Path, splits: dict, seed: int) -> dict:
-    """Writes one .jsonl a split and manifest.json into `out`; returns the manifest."""
-    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ArgumentError(None, f"--out {out}: {folder} is no directory to write in")
-    revision = revision or _revision(source)
-    raw, where = _read(source, revision)
-    rows, dropped, seen = [], Counter(), set()
-    for number, line in tqdm(raw, desc=name):
-        if not isinstance(line, dict):
-            raise ArgumentError(None, f"{source}, {where} {number}: not an object with columns")
-        missing = [column for column in COLUMNS[name] if column not in line]
-        if missing:
-            has = ", ".join(line)
-            raise ArgumentError(None, f"{source}, {where} {number}: no column {missing[0]!r} (it has: {has})")
-        try:
-            row = globals()[name](line)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            shown = json.dumps(line, default=str)[:100]
-            raise ArgumentError(None, f"{source}, {where} {number}: not as expected: {shown}") from error
-        if isinstance(row, dict):
-            key = " ".join(row["prompt"].lower().split())
-            row = "duplicate" if key in seen else row
-            seen.add(key)
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            dropped[row] += 1
-    if name == "numinamath":
-        rows, bad = _parsable(rows)
-        dropped["Math-Verify does not find the answer in the solution"] += bad
-    random.Random(seed).shuffle(rows)
-    manifest = {
-        "name": name, "source": source, "revision": revision, "seed": seed,
-        "read": len(raw), "dropped": dict(dropped), "left": len(rows), "files": {},
-    }  # fmt: skip
-    files = {}
-    for split, size in splits.items():
-        part, rows = (rows, []) if size is None else (rows[:size], rows[size:])
-        if not part or (size and len(part) < size):
-            raise ArgumentError(
-                None, f"{source}: {len(part)} rows are left for {split}, wanted {size or 'some'}"
-            )
-        files[f"{split}.jsonl"] = "".join(json.dumps(row) + "\n" for row in part).encode()
-        facts = {"rows": len(part), "sha256": hashlib.sha256(files[f"{split}.jsonl"]).hexdigest()}
-        manifest["files"][f"{split}.jsonl"] = facts
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            _write(out / name, content)
-        _write(out / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-    except OSError as error:
-        raise ArgumentError(None, f"--out {out}: cannot be written ({error.strerror.lower()})") from error
-    return manifest
-
-
-def _parsable(rows: list[dict]) -> tuple[list[dict], int]:
-    """The rows whose own solution Math-Verify scores 1 (training could never reward the others), and how
-    many are not. The solution is not kept."""
-    verifiers = Verifiers({"math"}, timeout=5.0, workers=os.cpu_count() or 2)
-    found = []
-    for start in tqdm(range(0, len(rows), 1024), desc="checking solutions"):
-        found += verifiers(
-            [("math", row["answer"], row.pop("solution"), {}) for row in rows[start : start + 1024]]
-        )
-    verifiers.close()
-    kept = [row for row, reward in zip(rows, found, strict=True) if reward == 1]
-    return kept, len(rows) - len(kept)
-
-
-def _revision(source: str) -> str | None:
-    """The newest commit of a dataset on the hub; None for a file, and where the hub cannot be asked."""
-    if Path(source).suffix in (".jsonl", ".json", ".parquet"):
-        return None
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().dataset_info(source.split(":")[0]).sha
-    except Exception:  # offline: `_read` says so, or finds it in the cache
-        return None
-
-
-def _write(path: Path, content: bytes):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.rename(path)
-
-
-def get_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Turns a dataset into rows, with the paper's filters.")
-    parser.error = _fail
-    parser.add_argument("name", choices=list(SOURCES))
-    parser.add_argument("--source", help="another copy of it: .jsonl, .parquet, hub name[:split[:config]]")
-    parser.add_argument("--revision", help="commit of the hub's dataset (default: the newest)")
-    parser.add_argument("--out", type=Path, help="directory (default: datasets/<name>)")
-    parser.add_argument(
-        "--train", type=int, help="rows to train on; paper: 1000 WildChat, mixed 100000, 50000"
-    )
-    parser.add_argument("--valid", type=int, help="validation rows (default: the paper's)")
-    parser.add_argument("--test", type=int, help="test rows (default: the paper's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of rows")
-    args = parser.parse_args(argv)
-    args.splits = dict(SPLITS[args.name])
-    for split in ("train", "valid", "test"):
-        size = getattr(args, split)
-        if size is not None and (size < 1 or split not in args.splits):
-            parser.error(
-                f"--{split} {size}: {args.name} has the splits {', '.join(args.splits)}, of 1 row or more"
-            )
-        args.splits[split] = size or args.splits.get(split)
-    args.splits = {split: args.splits[split] for split in SPLITS[args.name]}
-    args.out = args.out or Path("datasets") / args.name
-    if (args.out / "manifest.json").exists():
-        parser.error(f"--out {args.out}: holds rows already (manifest.json); name another directory")
-    return args
-
-
-def _fail(message: str):
-    """A user's mistake: one line, exit code 2."""
-    print(f"data.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def main(argv=None):
-    args = get_args(argv)
-    source = args.source or SOURCES[args.name]
-    manifest = prepare(args.name, source, args.revision, args.out, args.splits, args.seed)
-    print(json.dumps(manifest, indent=1))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except ArgumentError as error:
-        _fail(str(error))

@@ -9,7 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-import data
+sys.path.insert(0, str(ROOT / "paper"))
+import prepare
 
 FRAME = (
     "Given the following problem, reason and give a final answer to the problem.\nProblem: {}\n"
@@ -35,10 +36,12 @@ def chat(text, language="English", toxic=False, **more):
     }  # fmt: skip
 
 
-def prepare(tmp_path, name, rows, **splits):
+def prepared(tmp_path, name, rows, **splits):
     source = tmp_path / f"{name}.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    manifest = data.prepare(name, str(source), None, tmp_path / "out", splits or data.SPLITS[name], 0)
+    manifest = prepare.prepare(
+        name, str(source), None, tmp_path / "out", splits or prepare.DATASETS[name].splits, 0
+    )
     found = {}
     for file, facts in manifest["files"].items():
         content = (tmp_path / "out" / file).read_bytes()
@@ -62,7 +65,7 @@ def test_numinamath(tmp_path):
         numina("What is 50+1?", "51", r"Some other number: $\boxed{52}$."),
         numina("What is it?", r"\text{}", r"$\boxed{}$"),
     ]
-    manifest, found = prepare(tmp_path, "numinamath", good + bad, valid=2, test=3, train=None)
+    manifest, found = prepared(tmp_path, "numinamath", good + bad, valid=2, test=3, train=None)
     assert manifest["dropped"] == {
         "proof": 1, "multiple choice": 1, "synthetic": 2, "no answer": 2, "duplicate": 1,
         "Math-Verify does not find the answer in the solution": 2,
@@ -88,7 +91,7 @@ def test_numinamath(tmp_path):
     ],
 )
 def test_numinamath_cot_has_neither_kinds_nor_answers(problem, solution, verdict):
-    found = data.numinamath({"source": "cn_k12", "problem": problem, "solution": solution, "messages": []})
+    found = prepare.numinamath({"source": "cn_k12", "problem": problem, "solution": solution, "messages": []})
     assert (found if isinstance(found, str) else found["answer"]) == verdict
 
 
@@ -96,7 +99,7 @@ def test_wildchat(tmp_path):
     good = [chat(f"Tell me about {i}") for i in range(6)]
     bad = [chat("Bonjour", language="French"), chat("bad", toxic=True), chat("  "), chat("tell  me about 1")]
     bad[1]["toxic"] = False  # flagged on the message alone
-    manifest, found = prepare(tmp_path, "wildchat", good + bad, valid=2, train=4)
+    manifest, found = prepared(tmp_path, "wildchat", good + bad, valid=2, train=4)
     assert manifest["dropped"] == {"not English": 1, "toxic": 1, "empty": 1, "duplicate": 1}
     rows = found["train"] + found["valid"]
     assert sorted(row["prompt"] for row in rows) == [f"Tell me about {i}" for i in range(6)]
@@ -112,7 +115,7 @@ def test_wildchat(tmp_path):
     ],
 )
 def test_evaluation_sets(tmp_path, name, raw, problem, answer):
-    _, found = prepare(tmp_path, name, [raw])
+    _, found = prepared(tmp_path, name, [raw])
     assert found == {"test": [{"prompt": FRAME.format(problem), "reward": "math", "answer": answer}]}
 
 
@@ -121,7 +124,7 @@ def test_the_order_depends_on_the_seed_alone(tmp_path):
     (tmp_path / "w.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     splits = {"train": 20}
     made = [
-        data.prepare("wildchat", str(tmp_path / "w.jsonl"), None, tmp_path / str(k), splits, seed)
+        prepare.prepare("wildchat", str(tmp_path / "w.jsonl"), None, tmp_path / str(k), splits, seed)
         for k, seed in enumerate([0, 0, 1])
     ]
     hashes = [manifest["files"]["train.jsonl"]["sha256"] for manifest in made]
@@ -132,9 +135,9 @@ def test_missing_columns_and_too_few_rows_are_named(tmp_path):
     with pytest.raises(
         argparse.ArgumentError, match=r"wildchat.jsonl, line 1: no column 'toxic' \(it has: co"
     ):
-        prepare(tmp_path, "wildchat", [{"conversation": [], "language": "English"}])
+        prepared(tmp_path, "wildchat", [{"conversation": [], "language": "English"}])
     with pytest.raises(argparse.ArgumentError, match=r"wildchat.jsonl: 2 rows are left for train, wanted 3"):
-        prepare(tmp_path, "wildchat", [chat("a"), chat("b")], train=3)
+        prepared(tmp_path, "wildchat", [chat("a"), chat("b")], train=3)
     assert not (tmp_path / "out" / "train.jsonl").exists()
 
 
@@ -150,7 +153,7 @@ def test_missing_columns_and_too_few_rows_are_named(tmp_path):
         ("gsm8k --source {tmp}/null.jsonl", "{tmp}/null.jsonl, line 1: not as expected: {{"),
         (
             "gsm8k --source {tmp}/null.jsonl --out {tmp}/null.jsonl",
-            "--out {tmp}/null.jsonl: {tmp}/null.jsonl is no",
+            "{tmp}/null.jsonl/manifest.json: cannot be written (not a directory)",
         ),
         ("amc23 --out {tmp}/done", "{tmp}/done: holds rows already"),
     ],
@@ -161,9 +164,9 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, said, tmp_path):
     (tmp_path / "null.jsonl").write_text('{"question": "P", "answer": null}\n')
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "manifest.json").write_text("{}")
-    command = [sys.executable, ROOT / "data.py", *flags.format(tmp=tmp_path).split()]
+    command = [sys.executable, ROOT / "paper" / "prepare.py", *flags.format(tmp=tmp_path).split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     error = done.stderr[done.stderr.rfind("\r") + 1 :].strip()
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert error.splitlines()[-1].startswith("data.py: error: ") and said.format(tmp=tmp_path) in error
+    assert error.splitlines()[-1].startswith("prepare.py: error: ") and said.format(tmp=tmp_path) in error
     assert not (tmp_path / "datasets").exists()
