@@ -389,6 +389,8 @@ class _Numbered:
 
 def read_source(source: str, revision: str | None = None) -> tuple[list | _Numbered, str]:
     """((number, raw row) pairs, what the number counts)."""
+    if Path(source).suffix == ".json" and (rows := _json_array(source)) is not None:
+        return list(enumerate(rows)), "row"
     if Path(source).suffix in (".jsonl", ".json"):
         return list(read_jsonl(source)), "line"
     from datasets import load_dataset, logging  # a second to import, and only needed here
@@ -410,6 +412,15 @@ def read_source(source: str, revision: str | None = None) -> tuple[list | _Numbe
             None, f"{source}: neither a .jsonl or .parquet file nor a dataset that loads ({reason})"
         ) from error
     return _Numbered(dataset), "row"
+
+
+def _json_array(path: str) -> list | None:
+    """What a file holds that is one JSON array; None where it is anything else, which read_jsonl names."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(text) if text.lstrip().startswith("[") else None
+    except (OSError, ValueError):
+        return None
 
 
 def read_jsonl(path: str):

@@ -84,6 +84,11 @@ def gsm8k(raw: dict) -> dict:
     return maths_row(raw["question"], raw["answer"].split("####")[-1].strip().replace(",", ""))
 
 
+def alpaca_eval(raw: dict) -> dict:
+    """Without a reward: its own judge compares the completions that evaluate.py writes."""
+    return {"prompt": raw["instruction"]}
+
+
 def maths_row(problem: str, answer) -> dict:
     return {
         "prompt": PROBLEM.format(problem=problem.strip()),
@@ -123,6 +128,8 @@ DATASETS = {
     ),
     "math500": Dataset("HuggingFaceH4/MATH-500:test", ["problem", "answer"], math500, {"test": None}),
     "amc23": Dataset("zwhe99/amc23:test", ["question", "answer"], amc23, {"test": None}),
+    # its hub page has a script, which `datasets` does not run: the file itself has to be there
+    "alpaca_eval": Dataset("alpaca_eval.json", ["instruction"], alpaca_eval, {"test": None}),
     "gsm8k": Dataset("openai/gsm8k:test:main", ["question", "answer"], gsm8k, {"test": None}),
     "gsm8k-train": Dataset(  # not of the paper: paper/one_gpu.sh trains on it
         "openai/gsm8k:train:main", ["question", "answer"], gsm8k, {"valid": 473, "train": None}

@@ -1,8 +1,10 @@
-"""Draws the README's figures from the logs in results/toy/ (needs matplotlib, which training does not).
+"""Draws a run's curves, or the project's own figures (needs matplotlib, which training does not).
 
-python results/plot.py             # writes results/toy.png and results/brake.png
+python results/plot.py RUN [RUN ...]   # reward, validation, entropy, length, age against steps
+python results/plot.py                 # results/toy.png and brake.png from results/toy/, and dial.png
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -83,8 +85,106 @@ def draw(axis, names: dict, against: str):
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def dial():
+    """Which weights write the completions of each step, for three values of s: weights k are those that k
+    updates have made.
+    """
+    figure, axis = plt.subplots(figsize=(10, 2.9), layout="constrained")
+    steps, colours = 9, matplotlib.colormaps["YlGnBu"]
+    for row, (s, name) in enumerate(
+        [(1, "s = 1\nonline"), (3, "s = 3\nsemi-online"), (99, "s = inf\noffline")]
+    ):
+        axis.text(-0.65, -row, name, ha="right", va="center", fontsize=10)
+        for step in range(steps):
+            weights = step // s * s
+            shade = weights / steps
+            box = plt.Rectangle((step - 0.46, -row - 0.3), 0.92, 0.6, color=colours(0.08 + 0.8 * shade))
+            axis.add_patch(box)
+            text = {"ha": "center", "va": "center", "color": "white" if shade > 0.5 else "black"}
+            axis.text(step, -row + 0.08, f"weights {weights}", fontsize=9, **text)
+            axis.text(step, -row - 0.16, f"age {step - weights}", fontsize=8, **text)
+            if step and step == weights:  # a reload of the sampler
+                axis.plot([step - 0.5] * 2, [-row - 0.36, -row + 0.36], color="#D55E00", linewidth=2.5)
+    for step in range(steps):
+        axis.text(step, 0.5, f"step {step}", ha="center", fontsize=9, color="0.35")
+    axis.plot(
+        [], [], color="#D55E00", linewidth=2.5, label="the sampler is reloaded with the policy's weights"
+    )
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.12), frameon=False, fontsize=9)
+    axis.set(xlim=(-2.0, steps - 0.5), ylim=(-2.75, 0.75))
+    axis.axis("off")
+    figure.savefig(HERE / "dial.png")
+
+
+PANELS = {
+    "reward": "reward of the step",
+    "eval/accuracy": "validation accuracy",
+    "eval/reward": "validation reward",
+    "entropy": "entropy (nats)",
+    "completions/length": "length (tokens)",
+    "sync/age": "age of the completions (steps)",
+}
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
+
+
+def read(run: Path) -> list[dict]:
+    """The lines of its metrics.jsonl. Ends the program where there is none, or nothing in it."""
+    try:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except OSError as error:
+        fail(f"{run}: no metrics.jsonl to be read ({error.strerror.lower()}); give a run's directory")
+    except ValueError as error:  # also a torn line
+        fail(f"{run / 'metrics.jsonl'}: not the metrics of a run ({error})")
+    return lines or fail(f"{run}: its metrics.jsonl is empty; the first step is not done yet")
+
+
+def draw_runs(runs: list[Path], out: Path):
+    """A panel a metric, a colour a run; metrics of each step thin, their mean over 20 steps thick."""
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.6), layout="constrained")
+    logs = {name: read(run) for name, run in zip(names(runs), runs, strict=True)}
+    for axis, (metric, title) in zip(axes.flat, PANELS.items(), strict=True):
+        for number, lines in enumerate(logs.values()):
+            colour = COLOURS[number % len(COLOURS)]
+            found = [(line["step"], line[metric]) for line in lines if line.get(metric) is not None]
+            steps, values = zip(*found, strict=True) if found else ((), ())
+            if metric in ("reward", "entropy", "completions/length"):
+                axis.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
+                values = [statistics.fmean(values[max(0, i - 19) : i + 1]) for i in range(len(values))]
+            axis.plot(steps, values, color=colour, linewidth=1.8)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    lines = [plt.Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=1.8) for i in range(len(runs))]
+    figure.legend(lines, logs, loc="outside lower center", ncols=4, frameon=False)
+    try:
+        figure.savefig(out)
+    except (OSError, ValueError) as error:
+        fail(f"--out {out}: cannot be written ({error})")
+    print(out)
+
+
+def names(runs: list[Path]) -> list[str]:
+    """What to call runs: their directories' names, or their paths where two are called alike."""
+    short = [run.resolve().name for run in runs]
+    return short if len(set(short)) == len(runs) else [str(run) for run in runs]
+
+
+def fail(message: str):
+    print(f"plot.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = fail
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="directories of runs")
+    parser.add_argument("--out", type=Path, help="the picture (default: curves.png in the first RUN)")
+    args = parser.parse_args()
     matplotlib.rcParams.update({"font.size": 10, "figure.dpi": 110})
+    if args.runs:
+        return draw_runs(args.runs, args.out or args.runs[0] / "curves.png")
+    dial()
     figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.2), layout="constrained")
     draw(axes[0], RUNS, "step")
     draw(axes[1], RUNS, "time")

@@ -1,6 +1,6 @@
-"""Prints the README's tables from the logs: results/toy/ (validation accuracy over seeds, and where the time
-went), results/mixed/ (both kinds of tasks at the end of each run) and results/speed/ (what
-results/versus_trl.py and results/benchmark.py have measured).
+"""Prints the tables of README.md and results/README.md from the logs: results/toy/ (validation accuracy
+over seeds, and where the time went), results/mixed/ (both kinds of tasks at the end of each run) and
+results/speed/ (what results/versus_trl.py and results/benchmark.py have measured).
 
     python results/table.py
 """
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 def facts(directory: Path) -> dict:
-    """Of one run: its command, accuracy at its end, seconds of training, tokens sampled a second."""
+    """Of one run: command, accuracy before and after, seconds of training, tokens sampled a second."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     calls = [line for line in steps if "tokens_per_second/sample" in line]
@@ -22,9 +22,11 @@ def facts(directory: Path) -> dict:
     command = json.loads((directory / "args.json").read_text())["command"]
     flags = [*zip(command[1::2], command[2::2], strict=True)]
     flags = [f"{flag} {value}" for flag, value in flags if flag not in ("--out", "--seed", "--log-samples")]
+    accuracies = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
     return {
         "command": " ".join([Path(command[0]).name, *flags]),
-        "accuracy": [line["eval/accuracy"] for line in lines if "eval/accuracy" in line][-1],
+        "start": accuracies[0],
+        "accuracy": accuracies[-1],
         "seconds": sum(line["time/step"] for line in steps),
         "speed": sampled / sum(line["time/sample"] for line in calls),
     }
@@ -34,6 +36,32 @@ def main():
     runs = defaultdict(list)
     for directory in sorted((HERE / "toy").glob("*-seed[0-9]")):
         runs[directory.name.rsplit("-", 1)[0]].append(facts(directory))
+    for table in (lambda: glance(runs), lambda: toy(runs), mixed, versus, parts):
+        table()
+        print()
+
+
+PAPER = {"s1": ("58.7", "58.1"), "s10": ("57.2", "-"), "s100": ("58.9", "-"), "sinf": ("53.7", "-")}
+
+
+def glance(runs: dict):
+    """The dial, on the toy and in the paper (its Table 1)."""
+    print("| | toy, DPO | toy, GRPO | paper, DPO | paper, GRPO |\n|---|---|---|---|---|")
+    starts = [seed["start"] for seeds in runs.values() for seed in seeds]
+    print(f"| before | {statistics.mean(starts):.2f} | {statistics.mean(starts):.2f} | 47.4 | 47.4 |")
+    names = {"s1": "s = 1 (online)", "s10": "s = 10", "s100": "s = 100", "sinf": "s = inf (offline)"}
+    for s, name in names.items():
+        cells = [spread(runs.get(f"{algorithm}-{s}")) for algorithm in ("dpo", "grpo")]
+        print("| " + " | ".join([name, *cells, *PAPER[s]]) + " |")
+    print(f"| s = 100, β = 0.1 | {spread(runs['dpo-s100-beta0.1'])} | - | 58.9 | - |")
+
+
+def spread(seeds: list | None) -> str:
+    accuracies = [seed["accuracy"] for seed in seeds or []]
+    return f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}" if accuracies else "-"
+
+
+def toy(runs: dict):
     print("| command | accuracy | sd | each seed | seconds | sampled tokens/s | log: results/toy/ |")
     print("|---|---|---|---|---|---|---|")
     for name, seeds in sorted(runs.items(), key=lambda run: -statistics.mean(f["accuracy"] for f in run[1])):
@@ -43,12 +71,6 @@ def main():
         cells = [f"{statistics.mean(accuracies):.2f}", f"{statistics.stdev(accuracies):.2f}", each]
         cells = [f"`{seeds[0]['command']}`", *cells, f"{seconds:.0f}", f"{speed:,.0f}", name + "-seed*"]
         print("| " + " | ".join(cells) + " |")
-    print()
-    mixed()
-    print()
-    versus()
-    print()
-    parts()
 
 
 def mixed():

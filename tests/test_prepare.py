@@ -119,6 +119,17 @@ def test_evaluation_sets(tmp_path, name, raw, problem, answer):
     assert found == {"test": [{"prompt": FRAME.format(problem), "reward": "math", "answer": answer}]}
 
 
+def test_alpaca_evals_file_is_one_array(tmp_path):
+    """Written over several lines, as the hub has it; nothing scores these rows."""
+    raw = [{"instruction": f"Say {i}.", "output": "", "dataset": "helpful_base"} for i in range(3)]
+    (tmp_path / "alpaca_eval.json").write_text(json.dumps(raw, indent=2))
+    source = str(tmp_path / "alpaca_eval.json")
+    prepare.prepare("alpaca_eval", source, None, tmp_path / "out", {"test": None}, 0)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
+    assert sorted(row["prompt"] for row in rows) == ["Say 0.", "Say 1.", "Say 2."]
+    assert {tuple(row) for row in rows} == {("prompt",)}
+
+
 def test_the_order_depends_on_the_seed_alone(tmp_path):
     rows = [chat(f"Tell me about {i}") for i in range(50)]
     (tmp_path / "w.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

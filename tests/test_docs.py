@@ -1,0 +1,283 @@
+"""What README.md, GUIDE.md, results/README.md and paper/ say is so: commands parse, names exist, numbers are
+those of the logs.
+"""
+
+import contextlib
+import importlib.util
+import json
+import math
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TOY
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(ROOT / "results"))
+sys.path.insert(0, str(ROOT / "paper"))
+import benchmark
+import prepare
+import versus_trl
+
+import evaluate
+import train_dpo
+import train_grpo
+from rewards import Verifiers
+
+DOCS = {name: (ROOT / name).read_text() for name in ("README.md", "GUIDE.md", "results/README.md")}
+README, GUIDE, RESULTS = DOCS.values()
+SCRIPTS = {
+    "train_dpo.py": train_dpo, "train_grpo.py": train_grpo, "evaluate.py": evaluate,
+    "results/benchmark.py": benchmark, "results/versus_trl.py": versus_trl, "paper/prepare.py": prepare,
+}  # fmt: skip
+PAPER_RUNS = {  # Tables 1, 2, 3 and 5 of the paper
+    "t1-offline": "53.7 / 36.4 / 28.8", "t1-s100": "58.9 / 39.3 / 35.1", "t1-s10": "57.2 / 39.4 / 31.4",
+    "t1-s1": "58.7 / 39.6 / 32.9", "t1-grpo": "58.1 / 38.8 / 33.6", "t5-4": "55.7 / 37.7 / 30.6",
+    "t5-12": "57.6 / 38.4 / 32.2", "t2-offline": "53.2 / 38.3", "t2-s100": "too unstable",
+    "t2-s10": "81.6 / 59.4", "t2-s5": "78.7 / 60.7", "t2-s1": "83.1 / 60.1", "t2-grpo": "75.2 / 55.0",
+    "t3-both": "50.2 / 22.3 / 71.0 / 57.7", "t3-chat-then-maths": "53.4 / 25.3 / 82.2 / 69.0",
+}  # fmt: skip
+
+
+def shell(*command):
+    """What a command of the project prints."""
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def listed():
+    """Name -> what the list of paper/runs.sh says of it."""
+    lines = [
+        re.split(r"  +", line.strip(), maxsplit=1) for line in shell("bash", "paper/runs.sh").splitlines()
+    ]
+    return {line[0]: "".join(line[1:]) for line in lines if re.match(r"(data|t\d|ab)-", line[0])}
+
+
+@pytest.fixture(scope="module")
+def commands(listed):
+    """Every command in the documents, in blocks and in backticks, and those that paper/ prints."""
+    found = []
+    for text in DOCS.values():
+        for block in text.split("```")[1::2]:  # every second piece is code
+            found += block.replace("\\\n", " ").splitlines()
+        found += re.findall(r"`((?:python|torchrun|bash|make) [^`]+)`", re.sub(r"\n", " ", text))
+    evaluations = [f"{kind}-of-{run}" for kind in ("maths", "chat") for run in ("seed", "t1-s1", "t3-both")]
+    for name in [*listed, *evaluations]:
+        found.append(shell("bash", "paper/runs.sh", "--print", name).strip())
+    for flags in ([], ["--small"]):
+        found += shell("bash", "paper/one_gpu.sh", "--print", *flags).splitlines()
+    return found
+
+
+def flags_of(command, script):
+    flags = shlex.split(command.split(script, maxsplit=1)[1])
+    return [flag for flag in flags if flag != "[RUN" and flag != "...]"]
+
+
+def test_every_command_parses(commands, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    count = dict.fromkeys(SCRIPTS, 0)
+    for command in commands:
+        for name, script in SCRIPTS.items():
+            if re.search(rf"(python|torchrun) .*{name}|^{name}", command) and "<" not in command:
+                script.get_args(flags_of(command, name))
+                count[name] += 1
+    assert all(count.values()) and sum(count.values()) > 70, count
+
+
+def test_every_variant_parses(commands):
+    variants = [command.split("-m ")[1] for command in commands if "-m teaching." in command]
+    code = "import importlib, sys, train_dpo, train_grpo; importlib.import_module(sys.argv[1])\n"
+    code += "(train_grpo if 'rloo' in sys.argv[1] else train_dpo).get_args(sys.argv[2:])"
+    assert len(variants) >= 8
+    for variant in {variant for variant in variants if "ROWS" not in variant}:
+        shell(sys.executable, "-c", code, *shlex.split(variant))
+
+
+def test_every_flag_named_is_declared(commands, capsys):
+    for script in SCRIPTS.values():
+        with contextlib.suppress(SystemExit):
+            script.get_args(["--help"])
+    declared = capsys.readouterr().out + "".join(
+        shell(sys.executable, *command.split(), "--help")
+        for command in ("-m teaching.dpo_grpo", "results/plot.py", "results/memory.py", "tests/kills.py")
+    )
+    others = "--no-deps --extra-index-url --help --dry-run --python-version --only-binary --target"  # pip's
+    others += " --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint"  # torchrun's
+    others += " --model_outputs --small --print"  # alpaca_eval's, and those of the scripts in paper/
+    text = "\n".join([*DOCS.values(), *commands])
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text))
+    assert len(named) > 60 and {flag for flag in named if flag not in declared} <= set(others.split())
+
+
+def test_every_file_named_exists(commands):
+    named = set()
+    for name, text in DOCS.items():
+        folder = (ROOT / name).parent
+        links = re.findall(r"\]\((?!http|#)([^)]+)\)", text)
+        assert [link for link in links if not (folder / link).exists()] == []
+        named |= set(re.findall(r"`((?:\w+/)*\w+\.(?:py|sh)|(?:toy|teaching|paper|results)/[\w/.]*)`", text))
+    for command in commands:
+        named |= {word for word in command.split() if re.fullmatch(r"\w\S+\.(py|sh)|requirements\S*", word)}
+        named |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"-m (teaching\.\w+)", command)}
+    made = {"unit_tests.py"}  # by the reader of GUIDE.md
+    assert len(named) > 40 and "teaching/rloo.py" in named
+    assert [name for name in named - made if not (ROOT / name).exists()] == []
+
+
+def test_the_files_of_the_reading_list_have_about_that_many_lines():
+    rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
+    assert {name for name, _ in rows} == {path.name for path in ROOT.glob("*.py")}
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name, _ in rows}
+    assert {name: n for name, n in lines.items() if abs(n - int(dict(rows)[name])) > 10} == {}
+
+
+def test_the_loop_of_the_readme_calls_what_the_script_calls():
+    loop = README.split("```python")[1].split("```")[0]
+    called = set(re.findall(r"(?<!\))\b[\w.]+(?=\()", loop)) - {"range"}
+    script = (ROOT / "train_dpo.py").read_text()
+    assert len(called) >= 10 and [name for name in called if f"{name}(" not in script] == []
+
+
+def test_every_metric_logged_is_explained_and_the_other_way_round():
+    table = GUIDE.split("| metric |")[1].split("\n\n")[0].splitlines()[2:]
+    explained = {name for line in table for name in re.findall(r"`(\w[\w/]+)`", line.split("|")[1])}
+    logs = [ROOT / "results" / "toy" / run / "metrics.jsonl" for run in ("dpo-s10-seed0", "grpo-s10-seed0")]
+    logged = {name for log in logs for line in log.read_text().splitlines() for name in json.loads(line)}
+    logged |= {"reward/exact", "reward/gsm8k", "reward/math", "reward/rm", "reward/judge"}
+    logged |= {"eval/reward", "eval/reward_per_token", "eval/length"}
+    logged |= {"memory/peak_gib", "skipped", "time/write"}
+    assert logged - {"step"} == explained
+
+
+def test_messages_quoted_as_symptoms_are_the_programs():
+    table = GUIDE.split("| symptom |")[1].split("\n\n")[0]
+    source = " ".join(" ".join(path.read_text() for path in ROOT.glob("*.py")).split())
+    quoted = [
+        q for line in table.splitlines() for q in re.findall(r"`([a-z' ]+ [a-z' .]+)`", line.split("|")[1])
+    ]
+    assert len(quoted) >= 3
+    assert [part for q in quoted for part in q.split(" ... ") if part not in source] == []
+
+
+def test_tables_are_those_of_the_logs():
+    tables = shell(sys.executable, "results/table.py").strip().split("\n\n")
+    glance, *rest = tables
+    assert [table.count("\n") for table in tables[:4]] == [7, 9, 7, 7] and len(tables) == 5
+    assert glance + "\n\n" in README and all(table + "\n\n" in RESULTS for table in rest)
+    assert shell(sys.executable, "results/memory.py") in GUIDE
+
+
+def test_numbers_in_sentences_are_those_of_the_logs_and_the_code():
+    first = [json.loads(line) for line in (ROOT / "results" / "first_run" / "metrics.jsonl").open()]
+    scores = [line["eval/accuracy"] for line in first if "eval/accuracy" in line]
+    assert f"`validation accuracy {scores[0]:.3f} before, {scores[-1]:.3f} after 300 steps: " in README
+    command = json.loads((ROOT / "results" / "first_run" / "args.json").read_text())["command"]
+    assert "train_dpo.py --sync-steps 10" in " ".join(command)
+
+    def accuracy(run):
+        logs = [(ROOT / "results/toy" / f"{run}-seed{seed}" / "metrics.jsonl").open() for seed in range(3)]
+        lines = [[json.loads(line) for line in log] for log in logs]
+        return statistics.mean([x["eval/accuracy"] for x in log if "eval/accuracy" in x][-1] for log in lines)
+
+    assert f"{accuracy('dpo-s10'):.2f} where online is {accuracy('dpo-s1'):.2f}" in README
+    toy, papers = train_dpo.get_args([]), train_dpo.get_args(["--model", "m", "--data", "d"])
+    assert f"{toy.lr / papers.lr:.0f} times" in README and f"its β is {toy.beta:g}" in README
+    assert f"the paper's β of {papers.beta:g}" in README
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(TOY).parameters())
+    assert f"{parameters / 1e6:.2f} million parameters" in README
+    lines = {file.stem: len(file.read_text().splitlines()) for file in (ROOT / "teaching").glob("*.py")}
+    assert f"`torchrun -m teaching.dpo_grpo` ({lines.pop('dpo_grpo')} lines)" in README
+    assert max(lines.values()) <= 15 and "have 15 lines or less" in README
+
+
+def test_the_list_of_the_papers_runs_has_its_numbers(listed):
+    assert {name: listed[name] for name in PAPER_RUNS} == PAPER_RUNS
+    assert {name for name in listed if name.startswith("t")} == PAPER_RUNS.keys()
+
+
+def test_the_papers_runs_have_its_settings(listed):
+    """Table 4, and what each name promises."""
+    steps = {"offline": math.inf, "s100": 100, "s10": 10, "s5": 5, "s1": 1, "grpo": 1}
+    for name in PAPER_RUNS:
+        command = shell("bash", "paper/runs.sh", "--print", name)
+        script = "train_grpo.py" if "train_grpo.py" in command else "train_dpo.py"
+        args = SCRIPTS[script].get_args(flags_of(command, script))
+        maths = name.startswith(("t1", "t5")) or name == "t3-chat-then-maths"
+        assert (str(args.out), args.resume) == (f"runs/{name}", "auto")
+        assert (args.lr, args.grad_clip, args.temperature) == (1e-6, 0.1, 1.0)
+        assert (args.max_new_tokens, args.prompts_per_step) == ((2048, 64) if maths else (1024, 32))
+        assert args.sync_steps == steps.get(name.split("-")[1], 1)
+        assert args.samples_per_prompt == {"t5-4": 4, "t5-12": 12}.get(name, 8)
+        if script == "train_grpo.py":
+            assert (args.beta, args.sync_ref, args.std_norm) == (0.001, False, False)
+        else:
+            settings = (0.1, 1e-4, True) if maths else (0.01, 1e-8, False)
+            assert (args.beta, args.adam_eps, args.sync_ref) == settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("runs.sh t9-s1", "runs.sh: error: t9-s1: no such run; without arguments the list is printed"),
+        ("runs.sh --print", "runs.sh: error: : no such run"),
+        ("runs.sh maths-of-t9", "runs.sh: error: t9: no such run"),
+        ("runs.sh t1-s1", "t1-s1 reads datasets/numinamath/train.jsonl: bash paper/runs.sh data-numinamath"),
+        ("runs.sh t3-chat-then-maths", "reads runs/t2-s1/model: bash paper/runs.sh t2-s1"),
+        ("runs.sh chat-of-t2-s1", "reads runs/t2-s1: bash paper/runs.sh t2-s1"),
+        ("one_gpu.sh --tiny", "one_gpu.sh: error: --tiny: the flags are --small and --print"),
+    ],
+)
+def test_a_mistake_with_the_papers_runs_is_one_line(arguments, said, tmp_path):
+    (tmp_path / "paper").mkdir()
+    script, *rest = arguments.split()
+    copy = tmp_path / "paper" / script
+    copy.write_text((ROOT / "paper" / script).read_text())  # here nothing has been prepared or run
+    done = subprocess.run(["bash", copy, *rest], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and said in done.stderr
+
+
+def test_one_gpu_says_the_memory_that_the_arithmetic_gives():
+    found = re.findall(
+        r"python (results/memory.py [^#\n]+)# ([\d.]+) and ([\d.]+) GiB",
+        (ROOT / "paper/one_gpu.sh").read_text(),
+    )
+    assert len(found) == 2
+    for command, training, sampler in found:
+        rows = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+)", shell(sys.executable, *command.split()), re.M))
+        assert (rows["all, while training"], rows["the sampler's weights, while sampling"]) == (
+            training,
+            sampler,
+        )
+
+
+def test_plot_draws_runs_of_ones_own(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [f"results/{run}" for run in ("toy/dpo-s10-seed0", "mixed/both-seed0")]
+    assert (
+        shell(sys.executable, "results/plot.py", *runs, "--out", tmp_path / "a.png") == f"{tmp_path}/a.png\n"
+    )
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    command = [sys.executable, ROOT / "results" / "plot.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith(f"plot.py: error: {tmp_path}: no metrics.jsonl")
+
+
+def test_the_reward_of_the_guide_runs_code(tmp_path):
+    """As its reader would: saved as a file beside the scripts, and asked in the workers."""
+    code = next(block for block in GUIDE.split("```python\n")[1:] if "def unit_tests" in block).split("```")[
+        0
+    ]
+    (tmp_path / "unit_tests.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("unit_tests", tmp_path / "unit_tests.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    verifiers = Verifiers({"unit_tests"}, timeout=2.0, workers=2)
+    texts = ["def f(x): return x + 2", "def f(x): return x", "while True: pass", "not Python"]
+    jobs = [("unit_tests", None, text, {"prompt": "p", "tests": "assert f(2) == 4"}) for text in texts]
+    assert verifiers(jobs) == [1.0, 0.0, 0.0, 0.0]
+    verifiers.close()
