@@ -71,7 +71,7 @@ class Sums:
             self.add(**sums, **{f"{name}/{row.reward}": value for name, value in sums.items()})
 
     def metrics(self) -> dict[str, float]:
-        """The metrics that both algorithms log, after `reduce`; the README's table explains each."""
+        """The metrics that both algorithms log, after `reduce`; GUIDE.md explains each."""
         scored, completions, groups = (max(1, self[name]) for name in ("scored", "completions", "groups"))
         seconds = {f"time/{part}": seconds for part, seconds in self.seconds.items()}
         metrics = self.notes | seconds | {

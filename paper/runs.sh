@@ -66,14 +66,14 @@ t3-chat-then-maths | 53.4 / 25.3 / 82.2 / 69.0 | $NODE train_dpo.py --model runs
 # ablations, on t1-s1 or t1-grpo: what the paper says of them
 ab-fixed-reference | lengths collapse, reward falls (figures 2, 9) | $DPO_MATHS --sync-steps 1 --no-sync-ref
 ab-adam-eps | often diverges | $DPO_MATHS --sync-steps 1 --adam-eps 1e-8
-ab-all-pairs | GroupDPO: no substantial change (figure 8) | $DPO_MATHS --sync-steps 1 --all-pairs
+ab-all-pairs | GroupDPO: no substantial change (figure 8) | $DPO_MATHS --sync-steps 1 --all-pairs --micro-batch-tokens 24576
 ab-nll | no benefit (figure 10) | $DPO_MATHS --sync-steps 1 --nll-weight 1
 ab-entropy-1e-4 | entropy falls all the same (figure 6) | $DPO_MATHS --sync-steps 1 --entropy-weight 1e-4
 ab-entropy-2e-4 | | $DPO_MATHS --sync-steps 1 --entropy-weight 2e-4
 ab-entropy-3e-4 | | $DPO_MATHS --sync-steps 1 --entropy-weight 3e-4
 ab-entropy-5e-4 | | $DPO_MATHS --sync-steps 1 --entropy-weight 5e-4
-ab-grpo-beside-1e-2 | DPO + GRPO: no substantial difference (B.2) | $NODE -m teaching.dpo_grpo $LLAMA $MATHS $FOLLOWING --sync-steps 1 --grpo-weight 0.01
-ab-grpo-beside-1e-3 | | $NODE -m teaching.dpo_grpo $LLAMA $MATHS $FOLLOWING --sync-steps 1 --grpo-weight 0.001
+ab-grpo-beside-1e-2 | DPO + GRPO: no substantial difference (B.2) | $NODE -m teaching.dpo_grpo $LLAMA $MATHS $FOLLOWING --sync-steps 1 --grpo-weight 0.01 --micro-batch-tokens 24576
+ab-grpo-beside-1e-3 | | $NODE -m teaching.dpo_grpo $LLAMA $MATHS $FOLLOWING --sync-steps 1 --grpo-weight 0.001 --micro-batch-tokens 24576
 ab-grpo-length | mean over tokens: less stable (5.1) | $GRPO_MATHS --loss-norm seq
 END
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the README's figures and table: the toy, 400 steps, three seeds each.
+# The runs behind the figures and tables of the toy: 400 steps, three seeds each.
 #
 #     bash results/sweep.sh              # 20 minutes on 2 CPU cores; finished runs are skipped
 #

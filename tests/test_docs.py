@@ -93,7 +93,8 @@ def test_every_command_parses(commands, monkeypatch):
 def test_every_variant_parses(commands):
     variants = [command.split("-m ")[1] for command in commands if "-m teaching." in command]
     code = "import importlib, sys, train_dpo, train_grpo; importlib.import_module(sys.argv[1])\n"
-    code += "(train_grpo if 'rloo' in sys.argv[1] else train_dpo).get_args(sys.argv[2:])"
+    code += "all_pairs = ['--all-pairs'] * ('dpo_grpo' in sys.argv[1])\n"
+    code += "(train_grpo if 'rloo' in sys.argv[1] else train_dpo).get_args(all_pairs + sys.argv[2:])"
     assert len(variants) >= 8
     for variant in {variant for variant in variants if "ROWS" not in variant}:
         shell(sys.executable, "-c", code, *shlex.split(variant))
