@@ -9,8 +9,10 @@ and whatever else its owner keeps: verifiers see these columns. A rollout is a r
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
+import glob
 import itertools
 import json
 import math
@@ -20,7 +22,7 @@ import unicodedata
 import zlib
 from argparse import ArgumentError
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -30,6 +32,7 @@ from tqdm import tqdm
 from rewards import row_fault
 
 FIELDS = ("prompt", "reward", "answer", "uid")  # of a row; its other columns are its owner's
+DEPTH = 100  # levels of lists and objects in a row
 
 
 @dataclass(frozen=True)
@@ -169,25 +172,10 @@ def _load(source, tokenizer, vocab, check, max_tokens, date, talks) -> tuple[lis
     raw, what = read_source(source)
     rows, texts = [], []
     for number, line in tqdm(raw, desc=f"checking {source}", disable=not talks, leave=False):
-        if isinstance(line, dict) and isinstance(line.get("prompt"), list):
-            line["prompt"] = _without_none(line["prompt"])
-        fault = _row_fault(line)
-        if not fault:
-            line |= {key: _text(line.get(key)) for key in ("answer", "uid")}
-            fault = check(line)
-        if fault:
-            raise ArgumentError(None, f"{source}, {what} {number}: {fault}")
-        answer, uid = (None if line[key] is None else str(line[key]) for key in ("answer", "uid"))
-        columns = {key: value for key, value in line.items() if key not in FIELDS}
-        if what == "row":  # parquet and the hub have values that JSON, and so a rollout, cannot hold
-            columns = json.loads(json.dumps(columns, default=str))
-        row = Row(line["prompt"], [], line.get("reward"), answer, uid, f"{source} {what} {number}", columns)
-        try:
-            texts.append(render(tokenizer, row.messages, date))
-        except Exception as error:  # templates raise what they like: jinja2's TemplateError, TypeError, ...
-            reason = f"the chat template refuses it ({error})"
-            raise ArgumentError(None, f"{source}, {what} {number}: {reason}") from error
-        rows.append(row)
+        with naming(f"{source}, {what} {number}"):
+            rows.append(_row(line, check, f"{source} {what} {number}"))
+        with naming(f"{source}, {what} {number}: the chat template refuses it", " ({})"):
+            texts.append(render(tokenizer, rows[-1].messages, date))
     if not rows:
         raise ArgumentError(None, f"{source}: no rows in it")
     # the template has written the special tokens already
@@ -199,6 +187,51 @@ def _load(source, tokenizer, vocab, check, max_tokens, date, talks) -> tuple[lis
         shortest = f"the shortest has {min(map(len, ids))}"
         raise ArgumentError(None, f"{source}: no prompt fits --max-prompt-tokens {max_tokens}; {shortest}")
     return short, len(rows) - len(short)
+
+
+@contextlib.contextmanager
+def naming(where: str, form: str = ": {}"):
+    """Whatever is raised inside becomes an ArgumentError of one line: `where`, and the reason in `form`."""
+    try:
+        yield
+    except Exception as error:  # rows, templates and readers of files raise what they like
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        reason = kind + str(getattr(error, "msg", error)).strip().split("\n")[0][:300]
+        raise ArgumentError(None, where + form.format(reason)) from error
+
+
+def _row(raw, check: Callable, where: str) -> Row:
+    """A raw row as a Row without ids, in which all values are such that JSON can hold. Raises for what is
+    none. check: what is wrong with its reward fields.
+    """
+    if fault := _row_fault(raw):
+        raise ValueError(fault)
+    if isinstance(raw["prompt"], list):
+        prompt = [
+            _without_none(message) | {"content": _text_of(message["content"])} for message in raw["prompt"]
+        ]
+        raw = raw | {"prompt": prompt}
+    raw = raw | {key: _text(raw.get(key)) for key in ("answer", "uid")}
+    if fault := check(raw):
+        raise ValueError(fault)
+    if _too_deep(raw):
+        raise ValueError(f"nested more than {DEPTH} levels deep")
+    # timestamps and bytes of parquet become texts; half of a surrogate pair is no text and raises
+    raw = json.loads(json.dumps(raw, default=str, ensure_ascii=False).encode())
+    answer, uid = (None if raw[key] is None else str(raw[key]) for key in ("answer", "uid"))
+    columns = {key: value for key, value in raw.items() if key not in FIELDS}
+    return Row(raw["prompt"], [], raw.get("reward"), answer, uid, where, columns)
+
+
+def _too_deep(value, levels: int = DEPTH) -> bool:
+    """Whether lists and dicts are in each other so deep that writing them could end in a RecursionError."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_too_deep(part, levels - 1) for part in parts)
+
+
+def _text_of(content: str | list) -> str:
+    """A message's content; of one in parts, as some datasets have it, the texts joined."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def render(tokenizer, messages: list[dict], date: str) -> str:
@@ -270,7 +303,7 @@ def read_rollout(line: dict, where: str) -> tuple[Row, list[Completion]]:
         row = Row(*needed, line.get("uid"), line.get("where") or where, line.get("columns") or {})
         completions = [Completion(**fields) for fields in line["completions"]]
         fault = _rollout_fault(row, completions)
-    except (KeyError, TypeError) as error:
+    except Exception as error:
         fault = f"no {error}" if isinstance(error, KeyError) else error
     if fault:
         raise ArgumentError(None, f"{where}: not a saved rollout ({fault})")
@@ -279,6 +312,8 @@ def read_rollout(line: dict, where: str) -> tuple[Row, list[Completion]]:
 
 def _rollout_fault(row: Row, completions: list) -> str | None:
     """What is wrong with the ids, log-probs, texts and rewards of a group, or None."""
+    if not isinstance(row.prompt, str | list) or not isinstance(row.columns, dict):
+        return "`prompt` is a text or a list of messages, `columns` an object"
     for ids in (row.ids, *(c.ids for c in completions)):
         if not ids or not all(type(i) is int and i >= 0 for i in ids):
             return f"`ids` are token ids, not {json.dumps(ids)[:80]}"
@@ -355,20 +390,32 @@ def _row_fault(row) -> str | None:
         return None
     if isinstance(prompt, list) and prompt:
         for message in prompt:
-            if not (
-                isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
-            ):
-                shown = json.dumps(message, default=str)[:80]
-                return f"`prompt` holds a message without role and content: {shown}"
+            if fault := _message_fault(message):
+                return f"`prompt` holds a message {fault}: {json.dumps(message, default=str)[:80]}"
         return None if prompt[-1]["role"] == "user" else "`prompt` must end with a message of the user"
     return f"`prompt` must be a text or a list of messages, not {json.dumps(prompt, default=str)[:80]}"
+
+
+def _message_fault(message) -> str | None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+        return "without role and content"
+    content = message["content"]
+    if content is None:
+        return "whose content is null"
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                return f"with a part of type {kind!r}, of which only 'text' can be read"
+        return None if content else "whose content has no parts"
+    return None if isinstance(content, str) else f"whose content is {type(content).__name__}, not a text"
 
 
 class _Numbered:
     """The (number, row) pairs of a dataset, read from disk each time: some are too large for a list."""
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    def __init__(self, dataset, source: str):
+        self.dataset, self.source = dataset, source
         types = {name: getattr(feature, "dtype", "") for name, feature in dataset.features.items()}
         self.short = {name: kind for name, kind in types.items() if kind in ("float16", "float32")}
 
@@ -378,12 +425,12 @@ class _Numbered:
     def __iter__(self):
         import numpy
 
-        for number, row in enumerate(self.dataset):
-            for (
-                name,
-                kind,
-            ) in self.short.items():  # a short 0.1 is 0.1, not the 0.10000000149 that it is nearest
-                row[name] = None if row[name] is None else float(str(numpy.dtype(kind).type(row[name])))
+        rows = iter(self.dataset)
+        for number in range(len(self.dataset)):
+            with naming(f"{self.source}, row {number}"):
+                row = next(rows)
+                for name, kind in self.short.items():  # a short 0.1 is 0.1, not what it is nearest
+                    row[name] = None if row[name] is None else float(str(numpy.dtype(kind).type(row[name])))
             yield number, row
 
 
@@ -393,25 +440,18 @@ def read_source(source: str, revision: str | None = None) -> tuple[list | _Numbe
         return list(enumerate(rows)), "row"
     if Path(source).suffix in (".jsonl", ".json"):
         return list(read_jsonl(source)), "line"
+    if Path(source).suffix == ".parquet" and not Path(source).is_file():
+        raise ArgumentError(None, f"{source}: no such file")
     from datasets import load_dataset, logging  # a second to import, and only needed here
 
     logging.set_verbosity(logging.CRITICAL)  # it would print what the one line below says
-    try:
+    with naming(f"{source}: neither a .jsonl or .parquet file nor a dataset that loads", " ({})"):
         if Path(source).suffix == ".parquet":
-            if not Path(source).is_file():
-                raise ArgumentError(None, f"{source}: no such file")
-            dataset = load_dataset("parquet", data_files=source, split="train")
+            dataset = load_dataset("parquet", data_files=glob.escape(source), split="train")
         else:
             name, split, config = (*source.split(":"), "", "")[:3]
             dataset = load_dataset(name, config or None, split=split or "train", revision=revision)
-    except ArgumentError:
-        raise
-    except Exception as error:  # the hub's, pyarrow's and datasets' own, many kinds
-        reason = str(error).strip().split("\n")[0][:200]
-        raise ArgumentError(
-            None, f"{source}: neither a .jsonl or .parquet file nor a dataset that loads ({reason})"
-        ) from error
-    return _Numbered(dataset), "row"
+    return _Numbered(dataset, source), "row"
 
 
 def _json_array(path: str) -> list | None:
@@ -429,10 +469,9 @@ def read_jsonl(path: str):
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ArgumentError(None, f"{path}, line {number}: not JSON ({error.msg})") from error
+                    with naming(f"{path}, line {number}: not JSON", " ({})"):
+                        value = json.loads(line)
+                    yield number, value
     except OSError as error:
         raise ArgumentError(None, f"{path}: {error.strerror.lower()}") from error
     except UnicodeDecodeError as error:

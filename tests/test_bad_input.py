@@ -1,5 +1,7 @@
 """A user's mistake: one line that names the value and what to do, exit code 2, nothing written."""
 
+import datetime
+import functools
 import json
 import os
 import shutil
@@ -7,6 +9,7 @@ import subprocess
 import sys
 from argparse import ArgumentError
 
+import pandas
 import pytest
 import torch
 import xxhash
@@ -54,6 +57,18 @@ FILES = {
     "rollouts.jsonl": lines(GOOD),
     "foreign.jsonl": lines({**GOOD, "ids": [1, 5], "completions": [completion(9, 3), completion(64, 3)]}),
     "long.jsonl": lines({**GOOD, "ids": [1] * 30, "completions": [completion(9, 3), completion(9, 9, 3)]}),
+    # what JSON reads and nothing else can hold
+    "surrogate.jsonl": lines(GOOD, '{"prompt": "1+2=\\ud800", "reward": "exact", "answer": "3"}'),
+    "columnsurrogate.jsonl": lines(without(note={"by": ["\ud800"]})),
+    "digits.jsonl": lines(GOOD, '{"prompt": "1", "reward": "exact", "answer": ' + "7" * 5000 + "}"),
+    "deep.jsonl": lines(GOOD, '{"prompt": "1", "more": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+    "nested.jsonl": lines(without(note=functools.reduce(lambda inner, _: [inner], range(300), []))),
+    "array.json": json.dumps([GOOD, GOOD | {"reward": "numina"}], indent=1),
+    "nullcontent.jsonl": lines(without(prompt=[{"role": "user", "content": None}])),
+    "image.jsonl": lines(
+        without(prompt=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}])
+    ),
+    "parts.jsonl": lines(without(prompt=[{"role": "user", "content": ["1+2="]}])),
     "three.jsonl": lines(GOOD, without(reward="gsm8k", answer="three")),
     "percent.jsonl": lines(without(reward="gsm8k", answer="50%")),
     "nan.jsonl": lines(GOOD, '{"prompt": "1+2=", "reward": "exact", "answer": NaN}'),
@@ -146,6 +161,23 @@ CASES = [
     ("--data {tmp}/list.jsonl", "line 1: a row is a JSON object, not [1, 2]"),
     ("--data {tmp}/turns.jsonl", "line 1: `prompt` must end with a message of the user"),
     ("--data {tmp}/messages.jsonl", "line 1: `prompt` holds a message without role and content"),
+    ("--data {tmp}/surrogate.jsonl", "{tmp}/surrogate.jsonl, line 2: 'utf-8' codec can't encode character"),
+    ("--data {tmp}/columnsurrogate.jsonl", "line 1: 'utf-8' codec can't encode character '\\ud800'"),
+    ("--data {tmp}/digits.jsonl", "{tmp}/digits.jsonl, line 2: not JSON (Exceeds the limit (4300 digits)"),
+    ("--data {tmp}/deep.jsonl", "{tmp}/deep.jsonl, line 2: not JSON (RecursionError: maximum recursion"),
+    ("--data {tmp}/nested.jsonl", "{tmp}/nested.jsonl, line 1: nested more than 100 levels deep"),
+    ("--data {tmp}/array.json", "{tmp}/array.json, row 1: unknown reward 'numina'"),
+    (
+        "--data {tmp}/times.parquet",
+        "times.parquet, row 0: `prompt` must be a text or a list of messages, not",
+    ),
+    (
+        "--data {tmp}/bytes.parquet",
+        "bytes.parquet, row 0: `prompt` must be a text or a list of messages, not",
+    ),
+    ("--data {tmp}/nullcontent.jsonl", "line 1: `prompt` holds a message whose content is null"),
+    ("--data {tmp}/image.jsonl", "a message with a part of type 'image_url', of which only 'text' can"),
+    ("--data {tmp}/parts.jsonl", "a message with a part of type 'str', of which only 'text' can be read"),
     ("--data {tmp}/blank.jsonl", "line 1: `prompt` must be a text"),
     ("--data {tmp}/latin.jsonl", "latin.jsonl: not UTF-8"),
     ("--data {tmp}/table.parquet", "table.parquet: neither"),
@@ -318,6 +350,9 @@ def tmp(tmp_path_factory, tokenizer):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         content = content.replace("{tmp}", str(directory)) if isinstance(content, str) else content
         (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    when = datetime.datetime(2026, 1, 1)
+    for name, prompt in (("times", when), ("bytes", b"1+2=")):
+        pandas.DataFrame([GOOD | {"prompt": prompt}]).to_parquet(directory / f"{name}.parquet")
     for name in ("pickled", "cut"):
         (directory / name).mkdir()
         for file in TOY.iterdir():

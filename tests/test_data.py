@@ -1,5 +1,6 @@
 """Rows: their order, their split over ranks, what is dropped; bad rows are in test_bad_input.py."""
 
+import datetime
 import json
 from argparse import ArgumentError
 from collections import Counter
@@ -61,6 +62,40 @@ def test_parquet_is_the_same_as_jsonl(tokenizer, tmp_path):
     sources = [write(tmp_path / "a.jsonl", rows), str(tmp_path / "a.parquet")]
     [lines, parquet], _ = load(sources, tokenizer)
     assert lines == parquet
+
+
+def test_names_of_files_may_look_like_patterns_and_a_json_file_may_be_one_array(tokenizer, tmp_path):
+    rows = [{"prompt": f"{i}+1=", "reward": "exact", "answer": str(i + 1)} for i in range(3)]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a[0-9]*?.parquet")
+    pandas.DataFrame(rows[:1]).to_parquet(tmp_path / "a1.parquet")  # which the pattern would find too
+    write(tmp_path / "b[1].jsonl", rows)
+    (tmp_path / "c.json").write_text(json.dumps(rows, indent=1))
+    write(tmp_path / "d.json", rows)
+    names = ["a[0-9]*?.parquet", "b[1].jsonl", "c.json", "d.json"]
+    loaded, _ = load([str(tmp_path / name) for name in names], tokenizer)
+    assert loaded[0] == loaded[1] == loaded[2] == loaded[3] and len(loaded[0]) == 3
+
+
+def test_a_message_in_parts_is_its_texts_joined(tokenizer, tmp_path):
+    parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "2="}]
+    raw = {"prompt": [{"role": "user", "content": parts}], "reward": "exact", "answer": "3"}
+    [[row]], _ = load([write(tmp_path / "a.jsonl", [raw])], tokenizer)
+    assert row.messages == [{"role": "user", "content": "1+2="}]
+    assert tokenizer.decode(row.ids) == "<|user|>1+2=<|assistant|>"
+
+
+def test_what_json_cannot_hold_becomes_text_wherever_it_is(tokenizer, tmp_path):
+    """Timestamps and bytes, in a message and in columns, at any depth: a row can be written as it is."""
+    when, blob = datetime.datetime(2026, 1, 2, 3, 4, 5), b"\x00\xff"
+    message = {"role": "user", "content": "1+2=", "sent": when, "raw": blob}
+    raw = {"prompt": [message], "reward": "exact", "answer": "3", "at": when, "more": {"parts": [blob]}}
+    pandas.DataFrame([raw]).to_parquet(tmp_path / "a.parquet")
+    [[row]], _ = load([str(tmp_path / "a.parquet")], tokenizer)
+    line = data.rollout_line(row, [Completion([9, 3], [-1.0, -1.0], "3", "stop", 0, 1.0)])
+    again, _ = data.read_rollout(json.loads(line), "a line")
+    assert again == row and again.columns == row.columns
+    assert row.messages[0]["sent"].startswith("2026-01-02 03:04:05")
+    assert row.columns["more"]["parts"] == [str(blob)] and row.columns["at"].startswith("2026-01-02")
 
 
 @pytest.mark.parametrize(
