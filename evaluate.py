@@ -79,8 +79,7 @@ def get_args(argv=None) -> flags.Flags:
         flags.fail(f"--model {args.model}: needs --data, rows to evaluate on (the toy's go with the toy)")
     if args.top_p > 1:
         flags.fail(f"--top-p {args.top_p:g}: a share of the probability, at most 1")
-    if args.gpu_memory >= 1:
-        flags.fail(f"--gpu-memory {args.gpu_memory:g}: a share of the GPU, between 0 and 1")
+    flags.check_sampling(args)
     if args.greedy and (args.samples or 1) > 1:
         flags.fail(f"--samples {args.samples}: --greedy gives the same completion every time; leave one out")
     samples = 1 if args.greedy else args.samples or SAMPLES

@@ -3,13 +3,31 @@
 import json
 import shlex
 import shutil
+import tempfile
+from argparse import ArgumentError
 from pathlib import Path
 
 import torch.distributed as dist
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
+from transformers import GenerationConfig
+from transformers.utils import cached_file
 
 from processes import first_line
+
+
+def rehearse_export(policy, tokenizer, model: str):
+    """Writes on rank 0, to no lasting place, all that `export` will write but the weights. Raises
+    ArgumentError, naming `model`, for one that transformers loads and would not save again.
+    """
+    if dist.get_rank() == 0:
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                _write(policy, tokenizer, Path(directory), {})
+            except Exception as error:  # what transformers does not like of a config
+                raise ArgumentError(
+                    None, f"--model {model}: cannot be saved ({first_line(error)})"
+                ) from error
 
 
 def export(policy, tokenizer, directory: Path):
@@ -18,26 +36,39 @@ def export(policy, tokenizer, directory: Path):
     The tensors are gathered one at a time into rank 0's host memory; the directory appears under its name
     only when it is complete.
     """
-    dtype = policy.lm.config.dtype
     writes = dist.get_rank() == 0
     state = {}
-    for name, tensor in policy.full_weights(dtype):
+    for name, tensor in policy.full_weights(policy.lm.config.dtype):
         if writes:
             state[name] = tensor.cpu()
     if writes:
         partial = directory.with_name(directory.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            policy.lm.save_pretrained(partial, state_dict=state)
-            policy.lm.config.dtype = dtype  # it has noted the master weights' float32
-            policy.lm.config.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            _write(policy, tokenizer, partial, state)
         except (OSError, SafetensorError) as error:
             raise SystemExit(f"stopped: {directory} cannot be written ({first_line(error)})") from error
         if directory.exists():  # of a run that goes on with more steps
             shutil.rmtree(directory)
         partial.rename(directory)
     dist.barrier()
+
+
+def _write(policy, tokenizer, directory: Path, state: dict):
+    """The original's generation_config.json is copied as it is: some cannot be saved by what loaded them."""
+    lm = policy.lm
+    dtype, original = (
+        lm.config.dtype,
+        cached_file(lm.name_or_path, "generation_config.json", _raise_exceptions_for_missing_entries=False),
+    )
+    if original:
+        lm.generation_config = GenerationConfig()
+    lm.save_pretrained(directory, state_dict=state)
+    if original:
+        shutil.copy(original, directory / "generation_config.json")
+    lm.config.dtype = dtype  # save_pretrained has noted the master weights' float32
+    lm.config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def model_card(facts: dict, results: dict[str, float]) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from processes import fail
 
+LEAST_TEMPERATURE = 0.01  # vLLM's own limit, below which it raises a temperature without an error
+
 
 class Flags(argparse.Namespace):
     """The flags; `defaults`, which is none of them, has what each is where nobody gives it."""
@@ -58,11 +60,19 @@ def check(args: Flags, sequences: int, what: str):
         fail(f"--samples-per-prompt {args.samples_per_prompt}: a pair, or a group to compare, needs 2")
     if args.data_weights and len(args.data_weights) != len(args.data or []):
         fail(f"--data-weights: {len(args.data_weights)} weights for {len(args.data or [])} sources")
-    if args.gpu_memory >= 1:
-        fail(f"--gpu-memory {args.gpu_memory:g}: a share of the GPU, between 0 and 1")
+    check_sampling(args)
     if args.rollouts and args.sync_steps != math.inf:
         fail(f"--rollouts {args.rollouts[0]}: they cannot follow the policy; add --sync-steps inf")
     args.eval_every = args.eval_every if args.eval_data else 0
+
+
+def check_sampling(args: Flags):
+    """The checks that all scripts share."""
+    if args.gpu_memory >= 1:
+        fail(f"--gpu-memory {args.gpu_memory:g}: a share of the GPU, between 0 and 1")
+    if args.temperature < LEAST_TEMPERATURE:
+        way = f"vLLM takes {LEAST_TEMPERATURE} for all that is lower"
+        fail(f"--temperature {args.temperature:g}: {way}; take that or more (evaluate.py has --greedy)")
 
 
 def _path(value):

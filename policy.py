@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from data import Completion, Row
 from packing import Example, MicroBatch, Sequence, collate
@@ -133,19 +134,26 @@ class Policy(nn.Module):
         for mine, theirs in zip(self.lm.parameters(), policy.lm.parameters(), strict=True):
             local(mine).copy_(local(theirs))
 
-    def full_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_weights(
+        self, dtype: torch.dtype, as_in_files: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor) of each parameter, one at a time: no rank holds two full copies.
 
-        Collective, within the ranks that shard it: each must exhaust it. The cast comes before the gathering,
-        to halve what is sent. Tied matrices come once, by their first name. A tensor may be the parameter
-        itself: read it before the next update.
+        as_in_files: transformers joins the experts of a layer into one tensor; give them one by one, as the
+        model's files have them. Collective, within the ranks that shard it: each must exhaust it. The cast
+        comes before the gathering, to halve what is sent. Tied matrices come once, by their first name. A
+        tensor may be the parameter itself: read it before the next update.
         """
+        as_in_files = as_in_files and any(".experts." in name for name, _ in self.lm.named_parameters())
         for name, p in self.lm.named_parameters():
             part = local(p.detach()).to(dtype)
             if isinstance(p, DTensor):
                 like = {"shape": p.shape, "stride": p.stride()}
                 part = DTensor.from_local(part, p.device_mesh, p.placements, **like).full_tensor()
-            yield name, part
+            if as_in_files:
+                yield from revert_weight_conversion(self.lm, {name: part}).items()
+            else:
+                yield name, part
 
 
 class Reference:
@@ -200,6 +208,9 @@ def load_policy(
     transformers.logging.set_verbosity_error()  # what it would report is refused below, in one line
     load = {"dtype": "auto", "trust_remote_code": trust, "ignore_mismatched_sizes": True}
     try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+        if getattr(config, "quantization_config", None):
+            raise ValueError("quantized weights cannot be trained here: take the model without quantization")
         lm, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **load)
     except (OSError, ValueError, UnpicklingError, SafetensorError) as error:
         raise ArgumentError(None, f"--model {model}: cannot be loaded ({first_line(error)})") from error

@@ -40,13 +40,15 @@ class Sampler:
     `reload`, `sleep`, `close`, as `VLLMSampler` explains them.
     """
 
+    as_in_files = False  # whether `reload` reads experts as a model's files have them
+
     def follow(self, policy, step: int) -> bool:
         """Takes over the policy's weights of this step, unless a validation has brought them already; returns
         whether it did. Collective.
         """
         if self.version == step:
             return False
-        self.reload(policy.full_weights(self.dtype), step)
+        self.reload(policy.full_weights(self.dtype, self.as_in_files), step)
         return True
 
     def check_awake(self):
@@ -62,6 +64,8 @@ class VLLMSampler(Sampler):
     vLLM's share of the GPU (weights and KV cache); sleep: whether `sleep` frees the GPU; trust: whether code
     that comes with the model may run.
     """
+
+    as_in_files = True
 
     def __init__(
         self, model: str, *, tokenizer, vocab: int, stop_ids: list[int], device, dtype, max_length: int,
@@ -165,8 +169,8 @@ class VLLMSampler(Sampler):
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
         self._forget()
-        self.llm.apply_model(_pack_tied_head)
         [difference] = self.llm.apply_model(lambda model: _difference(model, entries))
+        self.llm.apply_model(_pack_for_cpu)
         if difference:
             raise SyncError(
                 f"after the reload at step {version} vLLM does not hold the policy's {difference}"
@@ -223,13 +227,17 @@ def _ban_ids_from(vocab: int):
     return BanPaddedIds
 
 
-def _pack_tied_head(model):
-    """On a CPU vLLM multiplies with a packed copy of the output matrix. A reload packs what was sent, which a
-    matrix that is tied to the embedding is not.
+def _pack_for_cpu(model):
+    """On a CPU vLLM multiplies with packed copies of matrices. A reload packs what was sent, but neither an
+    output matrix that is tied to the embedding, which is not sent, nor experts, which it packs once.
     """
     head = getattr(model, "lm_head", None)
     if hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel and layer.w13_weight.device.type == "cpu":
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _note_entries(weights, entries: dict):
@@ -255,16 +263,18 @@ def _difference(model, entries: dict) -> str | None:
     missing, worst, worst_gap, known = None, None, 0.0, False
     for whole, param in model.named_parameters():
         module = whole.split(".")[-2] if "." in whole else whole
-        row = 0
-        for part in [module] if whole in entries else joined.get(module, [module]):
-            name = whole.replace(f"{module}.", f"{part}.")
+        if whole.endswith((".w13_weight", ".w2_weight")):  # the experts of a layer, in a tensor of each kind
+            parts = _experts(whole, param.data, entries)
+        elif whole in entries:
+            parts = [(whole, param.data)]
+        else:
+            parts = _rows(whole, param.data, module, joined.get(module, [module]), entries)
+        for name, held in parts:
             if name not in entries:
                 missing = name
                 continue
             known = True
             shape, noted = entries[name]
-            held = param.data[row : row + shape[0]]
-            row += shape[0]
             if held.shape == shape:
                 gap = (held.flatten()[:: _stride(held)].float() - noted.float()).abs().max().item()
                 if not gap <= worst_gap:  # NaN counts as a difference
@@ -272,6 +282,32 @@ def _difference(model, entries: dict) -> str | None:
     if known and missing:
         return f"{missing}: it was not among the tensors that were sent"
     return worst and f"{worst}: entries differ by up to {worst_gap:.2g}"
+
+
+def _rows(whole: str, tensor, module: str, joined: list[str], entries: dict):
+    """(name, rows) of each matrix that vLLM has joined into one."""
+    row = 0
+    for part in joined:
+        name = whole.replace(f"{module}.", f"{part}.")
+        size = entries[name][0][0] if name in entries else 0
+        yield name, tensor[row : row + size]
+        row += size
+
+
+def _experts(whole: str, tensor, entries: dict):
+    """(name, matrix) of each expert, as the two namings of models' files have them: gate, up, down or w1, w3,
+    w2. vLLM joins gate and up by rows.
+    """
+    stem = whole[: whole.index(".experts.") + len(".experts.")]
+    llama = f"{stem}0.gate_proj.weight" in entries
+    gate, up, down = ("gate_proj", "up_proj", "down_proj") if llama else ("w1", "w3", "w2")
+    for expert, held in enumerate(tensor):
+        if whole.endswith(".w2_weight"):
+            yield f"{stem}{expert}.{down}.weight", held
+        else:
+            half = len(held) // 2
+            yield f"{stem}{expert}.{gate}.weight", held[:half]
+            yield f"{stem}{expert}.{up}.weight", held[half:]
 
 
 def load_sampler(kind: str, model: str, **engine):

@@ -35,7 +35,7 @@ import flags
 import processes
 from checkpoint import Checkpoints, Progress, find_checkpoint
 from data import load_rows
-from export import export
+from export import export, rehearse_export
 from flags import count, count_or_0, day, positive, positive_or_0, steps_or_inf, switch
 from metrics import Sums
 from packing import Example, micro_batches
@@ -233,6 +233,7 @@ def main(argv=None):
         args.model, device=device, mesh=mesh, vocab=vocab, temperature=args.temperature, trust=trust,
         activation_checkpointing=args.activation_checkpointing, packing=args.packing,
     )  # fmt: skip
+    rehearse_export(policy, tokenizer, args.model)
     reference = load_reference(
         args.model, device=device, mesh=mesh, vocab=vocab, temperature=args.temperature, trust=trust,
         needed=needs_reference(args), follows=args.sync_ref,

@@ -320,6 +320,15 @@ def test_a_tied_matrix_that_is_forgotten_is_caught(kind, device, tokenizer, tmp_
         gaps_of(tied, policy, prompts)
 
 
+@pytest.mark.parametrize("family", ["Qwen3MoeConfig", "MixtralConfig"])
+def test_experts_are_reloaded_and_the_proof_covers_each(family):
+    """In a process of its own: after an engine without experts vLLM starts none that has some."""
+    pytest.importorskip("vllm")
+    command = [sys.executable, ROOT / "tests" / "experts.py", family]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 class Tensors(torch.nn.Module):
     """A model as vLLM holds it on a GPU, where tensors can be read back: q, k and v joined by rows."""
 
