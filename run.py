@@ -129,7 +129,9 @@ class Run:
         self.say(
             f"{args.prompts_per_step} prompts x {args.samples_per_prompt} samples a step, {world} rank(s)"
         )
-        self.say(f"{prompts.epoch_size} prompts, {prompts.dropped} more dropped for length")
+        self.say(
+            f"{prompts.epoch_size} prompts, {prompts.dropped} others are longer than --max-prompt-tokens"
+        )
         self.say(f"writing {self.directory}")
 
     def record(self, metrics: dict):

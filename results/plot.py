@@ -155,6 +155,7 @@ def draw_runs(runs: list[Path], out: Path):
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
+        axis.set_visible(any(line.get(metric) is not None for lines in logs.values() for line in lines))
     lines = [plt.Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=1.8) for i in range(len(runs))]
     figure.legend(lines, logs, loc="outside lower center", ncols=4, frameon=False)
     try:

@@ -53,7 +53,7 @@ def glance(runs: dict):
     for s, name in names.items():
         cells = [spread(runs.get(f"{algorithm}-{s}")) for algorithm in ("dpo", "grpo")]
         print("| " + " | ".join([name, *cells, *PAPER[s]]) + " |")
-    print(f"| s = 100, β = 0.1 | {spread(runs['dpo-s100-beta0.1'])} | - | 58.9 | - |")
+    print(f"| s = 100, β = 0.1 | {spread(runs['dpo-s100-beta0.1'])} | - | - | - |")
 
 
 def spread(seeds: list | None) -> str:

@@ -21,6 +21,8 @@ import processes
 import train_dpo
 import train_grpo
 
+pytest.importorskip("vllm")  # else its absence is the first mistake that the scripts find
+
 GOOD = {"prompt": "1+2=", "reward": "exact", "answer": "3"}
 
 

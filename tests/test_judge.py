@@ -19,6 +19,8 @@ from conftest import TOY
 from data import Row
 from reward_models import Judge
 
+pytest.importorskip("openai")  # vLLM brings it
+
 CHECK = "1+1="  # the question that a judge is asked before a run starts
 
 

@@ -216,6 +216,7 @@ def judged(tmp_path):
 
 def test_a_judge_that_dies_in_mid_run_costs_its_completions_alone(tmp_path):
     """It answers 60 questions, then nothing but errors: the run goes on, and no failure is scored 0."""
+    pytest.importorskip("openai")
     asked = []
 
     def reply(text, _):
@@ -240,6 +241,7 @@ def test_a_judge_that_dies_in_mid_run_costs_its_completions_alone(tmp_path):
 
 
 def test_too_many_failures_stop_the_run_with_a_line(tmp_path):
+    pytest.importorskip("openai")
     with serving(lambda *_: "no score") as (url, _):
         done, metrics = run(
             tmp_path, "train_grpo.py", *judged(tmp_path), "--judge-url", url, "--max-failed", "0.1"

@@ -36,6 +36,7 @@ def short(tmp, *arguments):
 
 
 def test_two_ranks_with_vllm_sync_when_they_should(torchrun, tmp):
+    pytest.importorskip("vllm")
     out = tmp / "vllm"
     flags = "--steps 6 --sync-steps 3 --eval-every 2 --log-samples -1".split()
     done = torchrun(2, "train_dpo.py", *short(tmp, *flags, "--out", out))
