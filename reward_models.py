@@ -12,7 +12,10 @@ import re
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 
+from processes import complain, first_line
+
 REPLIES = 20_000  # of a judge that are kept
+TOLD = 3  # failed judgements of a run whose reasons are printed
 
 
 class RewardModel:
@@ -61,18 +64,39 @@ class RewardModel:
         self.model = model.to(self.home).eval().requires_grad_(False)
         self.device, self.max_tokens, self.batch_tokens = device, max_tokens, batch_tokens
 
+    def check(self, rows: list):
+        """Raises ArgumentError for the first row whose conversation the model's template refuses, such as one
+        with a system message.
+        """
+        for row in rows:
+            try:
+                self.render([*row.messages, {"role": "assistant", "content": "A completion."}])
+            except Exception as error:  # templates raise what they like
+                reason = f"the reward model's chat template refuses it ({first_line(error)})"
+                raise argparse.ArgumentError(None, f"{row.where}: {reason}") from error
+
+    def render(self, conversation: list[dict]) -> str:
+        return self.tokenizer.apply_chat_template(conversation, tokenize=False, strftime_now=self.clock)
+
     def encode(self, conversation: list[dict]) -> list[int]:
         """Token ids of messages, the last of which is the completion; the template writes special tokens."""
-        text = self.tokenizer.apply_chat_template(conversation, tokenize=False, strftime_now=self.clock)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(self.render(conversation), add_special_tokens=False)["input_ids"]
         return ids + [self.tokenizer.cls_token_id] if self.athene else ids
 
+    def readable(self, conversation: list[dict]) -> list[int] | None:
+        """Its ids; None where they are too many or beyond the matrix, or where the template refuses it."""
+        try:
+            ids = self.encode(conversation)
+        except Exception:  # a template that refuses this completion, whatever it raises: unknown
+            return None
+        return ids if len(ids) <= self.max_tokens and max(ids, default=0) < self.rows else None
+
     def __call__(self, conversations: list[list[dict]]) -> list[float | None]:
-        """The reward of each conversation; None over `max_tokens`, or with ids beyond its matrix."""
+        """The reward of each conversation; None where it cannot be read."""
         import torch
 
-        ids = [self.encode(conversation) for conversation in conversations]
-        short = [i for i in range(len(ids)) if len(ids[i]) <= self.max_tokens and max(ids[i]) < self.rows]
+        ids = [self.readable(conversation) for conversation in conversations]
+        short = [i for i in range(len(ids)) if ids[i]]
         batches: list[list[int]] = []
         for i in sorted(short, key=lambda i: -len(ids[i])):
             if not batches or (len(batches[-1]) + 1) * len(ids[batches[-1][0]]) > self.batch_tokens:
@@ -157,10 +181,31 @@ where N and M are from 0 (worthless) to 10 (could not be better).
 [End]"""
 
 
+NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?)"
+OUT_OF_10 = r"\s*/\s*10(?![0-9/]|\.[0-9])"
+
+
 def read_score(reply: str, tag: str) -> float | None:
-    """The last <tag>number</tag> of a judge's reply, or None where there is none from 0 to 10."""
-    found = re.findall(rf"<{tag}>\s*(-?[0-9]+(?:\.[0-9]+)?)\s*</{tag}>", reply)
-    return float(found[-1]) if found and 0 <= float(found[-1]) <= 10 else None
+    """The score from 0 to 10 in a judge's reply, or None where there is none, or more than one.
+
+    The last <tag>number</tag> counts. A reply without one counts where it says a single number in another
+    way: {"tag": 8}, tag: 8, or, for the tag `score`, 8/10 or nothing but the number. Stars and `/10` do not
+    matter; what a model has thought before `</think>`, or thinks without an end, does not count.
+    """
+    reply = reply.rpartition("</think>")[2].partition("<think>")[0].replace("*", "").replace("`", "")
+    name = tag.replace("_", "[_ ]")
+    ways = [
+        rf"<{tag}>\s*{NUMBER}(?:{OUT_OF_10})?\s*</{tag}>",
+        rf'\b{name}\b"?\s*(?:[:=]|is|of)\s*"?{NUMBER}(?:{OUT_OF_10}|(?!\.?[0-9]|\s*/))',
+    ]
+    if tag == "score":
+        ways += [rf"(?<![0-9/.]){NUMBER}{OUT_OF_10}", rf"\A[^\w-]*{NUMBER}\W*\Z"]
+    for way in ways:
+        found = [float(number) for number in re.findall(way, reply, re.IGNORECASE)]
+        if found:
+            clear = way is ways[0] or len(set(found)) == 1
+            return found[-1] if clear and 0 <= found[-1] <= 10 else None
+    return None
 
 
 class Judge:
@@ -174,7 +219,7 @@ class Judge:
     them would wait for three time-outs.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, talks: bool):
         try:
             import openai
         except ImportError as error:
@@ -196,32 +241,64 @@ class Judge:
         self.misses = 0  # questions in a row without a reply
         self.patience = 2 * args.judge_concurrency  # so many of them, and a step's other ones are not asked
         self.fault = None  # the kind of the last failure, without its text: that may quote the key
-        if self.ask((POINTWISE.format(prompt="1+1=", a="2"), 0)) is None:
+        self.talks, self.told = talks, 0  # whether failures are said, and how many have been
+        # what not every server takes; one that is refused by name is left out from then on
+        self.settings = {"seed": 0, "temperature": 0.0 if self.votes == 1 else 1.0, "max_tokens": 2048}
+        probe = (PAIRWISE if self.pairwise else POINTWISE).format(prompt="1+1=", a="2", b="3")
+        reply = self.ask((probe, 0))
+        reason = None
+        if reply is None:
             reason = f"{args.judge_model} does not answer ({self.fault})"
+        elif read_score(reply, "score_A" if self.pairwise else "score") is None:
+            reason = f"{args.judge_model} gives no score that can be read, but {reply[:80]!r}"
+        if reason:
             raise argparse.ArgumentError(None, f"--judge-url {args.judge_url}: {reason}")
 
     def ask(self, question: tuple[str, int]) -> str | None:
         """The reply to (text, number of the vote), or None."""
         text, vote = question
         key = (hashlib.sha256(text.encode()).digest(), vote)
-        if key not in self.replies:
-            if self.misses >= self.patience:
-                return None
+        if key in self.replies:
+            return self.replies[key]
+        if self.misses >= self.patience:
+            return None
+        try:
+            reply = self._request(text, vote)
+        except Exception as error:  # the network's, the server's, a reply in no known form
+            self.fault = f"{type(error).__name__} {getattr(error, 'status_code', '')}".strip()
+            self.misses += 1
+            return None
+        if len(self.replies) >= REPLIES:
+            self.replies.clear()
+        self.replies[key] = reply
+        self.misses = 0
+        return reply
+
+    def _request(self, text: str, vote: int) -> str:
+        """The text of a reply. Goes on without a setting that the server refuses by name; says so once."""
+        while True:
+            settings = dict(self.settings)
+            if "seed" in settings:
+                settings["seed"] = vote
             try:
                 reply = self.client.chat.completions.create(
-                    model=self.name, messages=[{"role": "user", "content": text}], seed=vote,
-                    temperature=0.0 if self.votes == 1 else 1.0, max_tokens=2048,
-                )  # fmt: skip
-                if len(self.replies) >= REPLIES:
-                    self.replies.clear()
-                self.replies[key] = reply.choices[0].message.content or ""
-                self.misses = 0
-                return self.replies[key]
-            except Exception as error:  # the network's, the server's, a reply in no known form
-                self.fault = f"{type(error).__name__} {getattr(error, 'status_code', '')}".strip()
-                self.misses += 1
-                return None
-        return self.replies[key]
+                    model=self.name, messages=[{"role": "user", "content": text}], **settings
+                )
+                break
+            except Exception as error:
+                refused = getattr(error, "status_code", 0) in (400, 422)
+                named = [name for name in settings if refused and name in str(error)]
+                if not named:
+                    raise
+                left_out = [name for name in named if self.settings.pop(name, None) is not None]
+                if left_out and self.talks:
+                    complain(f"warning: the judge refuses {', '.join(left_out)}: asked without from now on")
+        content = reply.choices[0].message.content or ""
+        if isinstance(content, str):
+            return content
+        return "".join(
+            part if isinstance(part, str) else part.get("text") or "" for part in content
+        )  # chunks
 
     def score(self, groups: list) -> list[float | None]:
         """The reward of every completion of (row, completions) groups."""
@@ -246,8 +323,16 @@ class Judge:
         scores: list[list[float]] = [[] for _ in range(start)]
         for text, tags in questions:
             for vote in range(self.votes):
-                found = [(i, read_score(replies[text, vote] or "", tag)) for i, tag in tags]
+                reply = replies[text, vote]
+                found = [(i, read_score(reply or "", tag)) for i, tag in tags]
                 if all(score is not None for _, score in found):  # half a comparison says nothing
                     for i, score in found:
                         scores[i].append(score)
+                elif self.talks and self.told < TOLD:
+                    self.told += 1
+                    end = reply and f"...{reply[-80:]}"
+                    reason = (
+                        f"no answer ({self.fault})" if reply is None else f"no score in its reply {end!r}"
+                    )
+                    complain(f"warning: the judge gave {reason}")
         return [statistics.fmean(s) if s else None for s in scores]

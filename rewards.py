@@ -262,10 +262,11 @@ class Scorer:
         from reward_models import Judge, RewardModel  # not in a worker
 
         verifiers = kinds & VERIFIERS.keys()
-        self.judge = Judge(args) if "judge" in kinds else None
+        self.judge = Judge(args, talks) if "judge" in kinds else None
         self.model = None
         if "rm" in kinds:
             self.model = RewardModel(args.reward_model, device, dtype, args.date, args.reward_offload)
+            self.model.check([row for row in rows if row.reward == "rm"])
         self.verifiers = None
         if verifiers:
             self.verifiers = Verifiers(verifiers, args.reward_timeout, args.reward_workers)

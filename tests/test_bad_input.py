@@ -145,6 +145,13 @@ CASES = [
     ("{toy} --model {tmp}/textstop --sampler hf", "{tmp}/textstop: its end token '3' cannot be sampled"),
     ("{toy} --model {tmp}/nostop --sampler hf", "generation_config.json nor config.json names an end token"),
     ("{toy} --model {tmp}/tornstop --sampler hf", "{tmp}/tornstop: generation_config.json is damaged"),
+    ("{toy} --model {tmp}/gptq --sampler hf", "{tmp}/gptq: cannot be loaded (quantized weights cannot be"),
+    (
+        "{toy} --model {tmp}/fp8 --sampler hf",
+        "{tmp}/fp8: cannot be loaded (quantized weights cannot be trained",
+    ),
+    ("--temperature 0.009", "--temperature 0.009: vLLM takes 0.01 for all that is lower"),
+    ("--temperature 1e-9 --sampler hf", "--temperature 1e-09: vLLM takes 0.01 for all that is lower"),
     ("--data {tmp}/three.jsonl", "line 2: reward `gsm8k` needs a number as `answer`, not 'three'"),
     ("--data {tmp}/percent.jsonl", "line 1: reward `gsm8k` needs a number as `answer`, not '50%'"),
     ("--data {tmp}/nan.jsonl", "{tmp}/nan.jsonl, line 2: `answer` is nan, which is no number"),
@@ -244,12 +251,14 @@ GRPO_CASES = [
     ("--micro-batch-tokens 31", "--micro-batch-tokens 31: a completion can have 32"),
     ("--beta -1", "--beta: -1 is not a number from 0 on"),
     ("--loss-norm mean", "invalid choice: 'mean'"),
+    ("--temperature 0.005", "--temperature 0.005: vLLM takes 0.01 for all that is lower"),
     ("--clip-low 1", "--clip-low 1: ratios are above 0"),
     ("--clip-high 0", "--clip-high: 0 is not a number above 0"),
     ("--is-cap 1.1", "--is-cap 1.1: must not be below 1 + --clip-high = 1.2"),
     ("--out {tmp}/taken", "--out {tmp}/taken: already holds a run"),
 ]
 EVALUATE_CASES = [
+    ("--temperature 0.001", "--temperature 0.001: vLLM takes 0.01 for all that is lower; take that or more"),
     ("{toy} --model {tmp}/nowhere", "--model {tmp}/nowhere"),
     ("{toy} --model {tmp}/taken", "--model {tmp}/taken: no config.json in it or in its model/"),
     ("--model {tmp}/cut", "--model {tmp}/cut: needs --data"),
@@ -341,6 +350,8 @@ def make_models(directory):
         "nostop", generation_config=None, config={"eos_token_id": None}, tokenizer_config={"eos_token": None}
     )
     copy("textstop", generation_config={"eos_token_id": ["3"]})
+    copy("gptq", config={"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    copy("fp8", config={"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}})
     copy("tornstop")
     (directory / "tornstop/generation_config.json").write_text('{"eos_token_id"')
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import TOY
 
+import reward_models
 from data import Row
 from reward_models import Judge
 
@@ -24,9 +25,21 @@ pytest.importorskip("openai")  # vLLM brings it
 CHECK = "1+1="  # the question that a judge is asked before a run starts
 
 
+def reply_with(content):
+    """The body of a reply, of whatever its content is."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+def chunks(*parts):
+    return reply_with(list(parts))
+
+
 @contextmanager
-def serving(reply):
-    """An OpenAI-compatible server; reply(text, how often it was asked) -> text or (status, body)."""
+def serving(reply, checked="<score>5</score> <score_A>5</score_A> <score_B>5</score_B>"):
+    """An OpenAI-compatible server; reply(text, how often it was asked) -> text, (status, body), or a function
+    of the request that gives one of them. checked: the reply to the question at the start.
+    """
     seen, lock = {}, threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -35,18 +48,10 @@ def serving(reply):
             text = body["messages"][0]["content"]
             with lock:
                 seen.setdefault(text, []).append((body, self.headers))
-            answer = "<score>5</score>" if CHECK in text else reply(text, len(seen[text]))
+            answer = checked if CHECK in text else reply(text, len(seen[text]))
+            answer = answer(body) if callable(answer) else answer
             status, content = (200, None) if isinstance(answer, str) else answer
-            if content is None:
-                message = {"role": "assistant", "content": answer}
-                choice = {"index": 0, "message": message, "finish_reason": "stop"}
-                content = {
-                    "id": "x",
-                    "object": "chat.completion",
-                    "created": 0,
-                    "model": "m",
-                    "choices": [choice],
-                }
+            content = reply_with(answer) if content is None else content
             data = (content if isinstance(content, str) else json.dumps(content)).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -72,7 +77,7 @@ def judge(url, pairwise=False, votes=1, timeout=5.0, concurrency=4):
         argparse.Namespace(
             judge_url=url, judge_model="m", judge_pairwise=pairwise, judge_votes=votes, judge_timeout=timeout,
             judge_concurrency=concurrency,
-        )
+        ), talks=True,
     )  # fmt: skip
 
 
@@ -105,11 +110,111 @@ def test_pointwise_scores_and_what_is_asked():
         ((200, {"error": "none of that"}), None),
         ((401, {"error": {"message": "wrong key"}}), None),
         ((400, {"error": {"message": "too long"}}), None),
+        # without the tag, where only one number can be meant
+        ("**8**", 8),
+        ("8/10", 8),
+        ("I give it **7.5/10**.", 7.5),
+        ("<score>**8** / 10</score>", 8),
+        ('```json\n{"score": 9, "reason": "3 of 4 points"}\n```', 9),
+        ("Score: 6", 6),
+        ("It is good. The score is 6/10.", 6),
+        ("8/10 for style, 4/10 for the rest", None),
+        ("score: 8, or rather score: 9", None),
+        ("8/100", None),
+        ("on 8/10/2025 it was right", None),
+        ("Score: 12", None),
+        ("-3", None),
+        ("Score: 8/100", None),
+        ("Score: 7.5.", 7.5),
+        ("Between 7 and 8.", None),
+        # thinking
+        ("<think>perhaps <score>2</score></think><score>6</score>", 6),
+        ("perhaps <score>2</score></think>\n<score>6</score>", 6),
+        ("<think>perhaps <score>2</score> or 8/10", None),
+        ("<think>2</think>8", 8),
+        # content that is no text
+        ((200, chunks({"type": "text", "text": "<score>"}, {"type": "text", "text": "7</score>"})), 7),
+        ((200, chunks("fine. ", "<score>4</score>")), 4),
+        ((200, chunks({"type": "image"})), None),
+        ((200, reply_with(None)), None),
     ],
 )
 def test_what_cannot_be_understood_is_unknown_and_never_0(reply, score):
     with serving(lambda text, _: reply if "odd" in text else "<score>3</score>") as (url, _):
         assert judge(url).score([group("q", "odd", "plain")]) == [score, 3]
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ('{"score_A": 8, "score_B": "6"}', [8, 6]),
+        ("**Score A:** 8/10\n**Score B:** 3/10", [8, 3]),
+        ("<score_A>8</score_A> and the other is worse", None),
+        ("A: 8, B: 6", None),
+    ],
+)
+def test_a_comparison_without_tags_is_read_where_it_is_clear(reply, score):
+    with serving(lambda *_: reply) as (url, _):
+        found = judge(url, pairwise=True).score([group("q", "a", "b")])
+    # each stands once in place A and once in place B
+    assert found == ([None, None] if score is None else [sum(score) / 2] * 2)
+
+
+@pytest.mark.parametrize(
+    ("checked", "said"),
+    [
+        (
+            "I am only a chat model. " + "x" * 200,
+            "gives no score that can be read, but 'I am only a chat model. x",
+        ),
+        ("", "gives no score that can be read, but ''"),
+        ("<think>2 is right: <score>10", "gives no score that can be read, but '<think>2 is"),
+        ((200, reply_with(None)), "gives no score that can be read, but ''"),
+        ((404, {"error": {"message": "no such model"}}), "does not answer (NotFoundError 404)"),
+    ],
+)
+def test_a_judge_without_a_score_is_refused_at_the_start(checked, said):
+    with serving(lambda *_: "", checked) as (url, _), pytest.raises(argparse.ArgumentError) as error:
+        judge(url)
+    assert f"--judge-url {url}: m {said}" in str(error.value) and "x" * 80 not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "refused", [["max_tokens"], ["temperature", "seed"], ["seed", "temperature", "max_tokens"]]
+)
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_refuses_a_setting_is_asked_without_it(refused, status, capsys):
+    """One name at a time, as servers do; said once each, and the next questions leave them out at once."""
+
+    def picky(body):
+        wrong = [name for name in refused if name in body]
+        text = f"Unsupported parameter: '{wrong[0]}' is not supported with this model." if wrong else ""
+        return (status, {"error": {"message": text}}) if wrong else "<score>5</score>"
+
+    with serving(lambda *_: picky, picky) as (url, seen):
+        asked = judge(url)
+        assert asked.score([group("q", "a", "b")]) == [5, 5]
+    settings = {"seed", "temperature", "max_tokens"}
+    check, *others = seen.values()
+    assert len(check) == len(refused) + 1 and [len(calls) for calls in others] == [1, 1]
+    assert all(settings & calls[0][0].keys() == settings - {*refused} for calls in others)
+    said = capsys.readouterr().err
+    assert all(said.count(f"the judge refuses {name}: asked without") == 1 for name in refused)
+
+
+def test_reasons_of_the_first_failures_are_printed(capsys):
+    replies = {"odd": "No marks from me.", "bad": (401, {"error": {"message": "wrong key"}})}
+    with serving(lambda text, _: next((r for n, r in replies.items() if n in text), "<score>3</score>")) as (
+        url,
+        _,
+    ):
+        asked = judge(url)
+        asked.score([group("q", "odd", "plain", "bad")])
+        asked.score([group(f"q{i}", "odd") for i in range(9)])
+    said = capsys.readouterr().err.strip().split("\n\n")
+    assert len(said) == 3
+    assert said[0] == "warning: the judge gave no score in its reply '...No marks from me.'"
+    assert said[1] == "warning: the judge gave no answer (AuthenticationError 401)"
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -253,8 +358,10 @@ def test_a_judge_that_is_not_there_is_named_before_the_run(url, said):
         judge(url, timeout=1)
 
 
-def test_a_real_server(tmp_path):
-    """`vllm serve` with the toy, its context stretched for the question: this is about the transport."""
+def test_a_real_server(tmp_path, monkeypatch):
+    """`vllm serve` with the toy, its context stretched for the question: this is about the transport. The toy
+    replies with digits, whose last one counts here.
+    """
     pytest.importorskip("vllm")
     for file in TOY.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -276,10 +383,13 @@ def test_a_real_server(tmp_path):
                     break
                 except OSError:
                     time.sleep(0.1)
+            with pytest.raises(argparse.ArgumentError, match="gives no score that can be read, but "):
+                monkeypatch.setattr(reward_models, "read_score", lambda reply, tag: None)
+                judge(f"http://127.0.0.1:{port}/v1", timeout=60)
+            monkeypatch.setattr(reward_models, "read_score", lambda reply, tag: float(reply.strip()[-1]))
             asked = judge(f"http://127.0.0.1:{port}/v1", timeout=60)
-            reply = asked.ask(("35+7=", 0))
-            assert reply.strip().isdigit() and asked.fault is None
-            assert asked.score([group("q", "a")]) == [None] and asked.fault is None  # no score in its digits
+            reply = asked.ask((reward_models.POINTWISE.format(prompt="q", a="a"), 0))
+            assert asked.score([group("q", "a")]) == [float(reply.strip()[-1])] and asked.fault is None
         finally:
             server.terminate()
             server.wait()

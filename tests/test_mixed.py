@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
+from argparse import ArgumentError
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_judge import serving
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, LlamaModel
 
+from data import Row
 from reward_models import RewardModel
 
 F32, DAY = torch.float32, "2026-01-01"
@@ -100,6 +103,41 @@ def test_a_template_with_a_clock_writes_the_date_of_the_run(hub_model, device):
         model = RewardModel(str(hub_model[0]), device, F32, date)
         model.tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}:{{ messages[-1].content }}"
         assert model.tokenizer.decode(model.encode(CHATS[0])) == f"{date}:11"
+
+
+STRICT = """{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{{ m.content }}{% endfor %}"""
+CHATTY = [  # of rows whose template the toy's model takes
+    [{"role": "system", "content": "1"}, {"role": "user", "content": "2"}],
+    [{"role": "user", "content": "1"}, {"role": "user", "content": "2"}],
+]
+
+
+@pytest.mark.parametrize("prompt", CHATTY)
+def test_a_conversation_that_the_models_template_refuses_is_named_with_its_row(hub_model, device, prompt):
+    model = RewardModel(str(hub_model[0]), device, F32, DAY)
+    model.tokenizer.chat_template = STRICT
+    rows = [Row("1", [], "rm", None, where="a line 1"), Row(prompt, [], "rm", None, where="a line 2")]
+    said = r"^a line 2: the reward model's chat template refuses it \(roles must alternate user/assistant\)"
+    with pytest.raises(ArgumentError, match=said):
+        model.check(rows)
+    model.check(rows[:1])
+    scores = model([CHATS[0], [*prompt, CHATS[0][1]]])  # of a completion that nobody could check before
+    assert scores[0] is not None and scores[1] is None
+
+
+def test_the_run_is_refused_before_it_starts(hub_model, tokenizer, tmp_path):
+    directory = shutil.copytree(hub_model[0], tmp_path / "strict")
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": STRICT}))
+    rows = [{"prompt": prompt, "reward": "rm"} for prompt in ("1", CHATTY[1])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, ROOT / "train_dpo.py", "--sampler", "hf", "--reward-model", directory]
+    command += ["--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+    assert f"error: {tmp_path}/rows.jsonl line 2: the reward model's chat template refuses it" in done.stderr
 
 
 def test_the_reward_of_what_is_too_long_is_unknown(hub_model, device):

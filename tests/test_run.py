@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -109,6 +110,60 @@ def test_wandb_gets_what_the_file_gets(tmp_path):
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert f"| accuracy after | {metrics[-1]['eval/accuracy']:.4g} |" in card and "--wandb proj" in card
     assert "--wandb" not in done.stderr
+
+
+def records(data: bytes):
+    """Those of a .wandb file, LevelDB's log format: in blocks of 32 KiB, after a header of 7 bytes, pieces of
+    a checksum, a length and a kind (1 whole, 2 first, 3 middle, 4 last)."""
+    place, record = 7, b""
+    while place + 7 < len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def history(directory):
+    """(id, {step: metrics}) of the offline run that W&B has written in a directory since the last look."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    [file] = directory.glob("wandb/offline-run-*/run-*.wandb")
+    steps, name = {}, None
+    for data in records(file.read_bytes()):
+        record = Record.FromString(data)
+        name = record.run.run_id or name
+        pairs = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+        if pairs:
+            metrics = {key: json.loads(value) for key, value in pairs.items() if not key.startswith("_")}
+            steps.setdefault(json.loads(pairs["_step"]), {}).update(metrics)
+    shutil.rmtree(directory / "wandb")
+    return name, steps
+
+
+def test_the_real_wandb_gets_what_the_file_gets_also_from_a_resumed_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    found, names = {}, set()
+    for steps in ("2", "4"):
+        done = short(tmp_path, "--wandb", "proj", "--resume", "auto", "--save-every", "2", "--steps", steps)
+        assert done.returncode == 0, done.stderr[-2000:]
+        name, logged = history(tmp_path / "run")
+        names.add(name)
+        for step, metrics in logged.items():
+            found.setdefault(step, {}).update(metrics)
+    wanted = {}
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        wanted.setdefault(metrics["step"], {}).update(metrics)
+    assert sorted(found) == [0, 1, 2, 3, 4]
+    for step, metrics in wanted.items():
+        assert found[step] == pytest.approx(metrics)
+    assert names == {json.loads((tmp_path / "run" / "args.json").read_text())["id"]}
 
 
 def test_tensorboard_gets_what_the_file_gets(tmp_path):

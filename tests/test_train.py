@@ -4,12 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentError
 
 import pytest
 import torch
 from conftest import ROOT, TOY
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from export import rehearse_export
+from policy import load_policy
 
 SHORT = ["--prompts-per-step", "9", "--samples-per-prompt", "4", "--eval-data", "{tmp}/valid.jsonl"]
 
@@ -202,3 +206,32 @@ def test_a_sampler_that_keeps_its_weights_stops_the_run_at_the_first_reload(tmp)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert last.startswith("the sampler (version 1) does not hold the policy's weights")
     assert [m["step"] for m in read(tmp / "stuck" / "metrics.jsonl") if "loss" in m] == [0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0.7, "top_p": 0.8}, {"num_beams": 1, "length_penalty": 2.0, "early_stopping": True}],
+)
+def test_a_generation_config_that_transformers_would_not_save_is_carried_over(settings, torchrun, tmp):
+    """It loads, and saving it again raises: after the whole run, if nobody looks before."""
+    model = shutil.copytree(TOY, tmp / f"odd{len(settings)}")
+    text = json.dumps({"eos_token_id": 3, **settings})
+    (model / "generation_config.json").write_text(text)
+    rows = ["--data", ROOT / "toy/train.jsonl", "--max-prompt-tokens", "24", "--max-new-tokens", "8"]
+    flags = ["--sampler", "hf", "--steps", "1", "--eval-every", "0", "--no-activation-checkpointing"]
+    out = tmp / f"run{len(settings)}"
+    torchrun(2, "train_dpo.py", *short(tmp, "--model", model, *rows, *flags, "--out", out))
+    assert (out / "model" / "generation_config.json").read_text() == text
+    AutoModelForCausalLM.from_pretrained(out / "model")
+
+
+def test_what_cannot_be_saved_is_said_before_the_run(device, tokenizer, monkeypatch):
+    policy = load_policy(str(TOY), device, len(tokenizer), 1.0)
+    rehearse_export(policy, tokenizer, "the toy")
+
+    def refuse(*_):
+        raise ValueError("no such thing\nas this")
+
+    monkeypatch.setattr(type(policy.lm.config), "save_pretrained", refuse)
+    with pytest.raises(ArgumentError, match=r"--model the toy: cannot be saved \(no such thing\)"):
+        rehearse_export(policy, tokenizer, "the toy")
