@@ -8,6 +8,7 @@ from argparse import ArgumentError
 from pathlib import Path
 
 import torch.distributed as dist
+import transformers
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from transformers import GenerationConfig
@@ -22,6 +23,7 @@ def rehearse_export(policy, tokenizer, model: str):
     """
     if dist.get_rank() == 0:
         with tempfile.TemporaryDirectory() as directory:
+            transformers.logging.disable_progress_bar()  # of shards that are not written
             try:
                 _write(policy, tokenizer, Path(directory), {})
             except Exception as error:  # what transformers does not like of a config

@@ -70,8 +70,10 @@ class Sums:
             }
             self.add(**sums, **{f"{name}/{row.reward}": value for name, value in sums.items()})
 
-    def metrics(self) -> dict[str, float]:
-        """The metrics that both algorithms log, after `reduce`; GUIDE.md explains each."""
+    def metrics(self, pool: int) -> dict[str, float]:
+        """The metrics that both algorithms log, after `reduce`; GUIDE.md explains each. pool: bytes of the
+        sampler's memory, which torch goes on counting while it sleeps.
+        """
         scored, completions, groups = (max(1, self[name]) for name in ("scored", "completions", "groups"))
         seconds = {f"time/{part}": seconds for part, seconds in self.seconds.items()}
         metrics = self.notes | seconds | {
@@ -93,7 +95,10 @@ class Sums:
         if self["tokens_used"]:
             metrics["tokens_per_second/update"] = self["tokens_used"] / self.seconds["update"]
         if torch.cuda.is_available():
-            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            free, total = torch.cuda.mem_get_info()
+            metrics["memory/held_gib"] = (total - free) / 2**30
+            metrics["memory/peak_gib"] = (torch.cuda.max_memory_allocated() - pool) / 2**30
+            torch.cuda.reset_peak_memory_stats()
         return metrics
 
     def validation_metrics(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ order of the examples; P pairs.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -96,7 +97,8 @@ def micro_batches(examples: list[Example], policy, max_tokens: int) -> Iterator[
     """Micro-batches of at most `max_tokens` padded tokens. Collective: every rank gets the same number, since
     each forward and backward is a collective.
 
-    policy: what is to read them; its `shares` says whether completions may share a row.
+    policy: what is to read them; its `shares` says whether completions may share a row, and it is told which
+    is the last one.
 
     Longest first: what does not fit in memory fails at once, and neighbours differ little, so that little is
     padding.
@@ -114,15 +116,17 @@ def micro_batches(examples: list[Example], policy, max_tokens: int) -> Iterator[
         batches[-1] += sequences
     count = torch.tensor(len(batches))
     dist.all_reduce(count, dist.ReduceOp.MAX)
-    for sequences in [*batches, *[[]] * (count.item() - len(batches))]:
-        yield collate(sequences, policy)
+    for number in range(count.item()):
+        policy.sum_over_replicas(number == count.item() - 1)
+        yield collate(batches[number] if number < len(batches) else [], policy)
 
 
 def collate(sequences: list[Sequence], policy) -> MicroBatch:
     """The tensors of a micro-batch; of a dummy without sequences."""
     sizes, device = [sequence.width for sequence in sequences] or [1], policy.device
     masked = any(len(sequence.used) > 1 for sequence in sequences)
-    rows, width, starts = _place(sizes, policy.hidden_size, policy.shares, masked)
+    multiple = 16 if device.type == "cuda" else 1  # of masked rows: else the kernel copies the mask
+    rows, width, starts = _place(sizes, policy.hidden_size, policy.shares, masked, multiple)
     masked = masked or rows < len(sizes)
     ids, positions, sequence_of, completion_of = ([fill] * (rows * width) for fill in (0, 0, -1, 0))
     source, target, origin_B, b_of = [], [], [], {}
@@ -199,7 +203,9 @@ def split(example: Example, policy, max_tokens: int) -> list[Sequence]:
     return sequences
 
 
-def _place(sizes: list[int], hidden_size: int, shares: bool, masked: bool) -> tuple[int, int, list[int]]:
+def _place(
+    sizes: list[int], hidden_size: int, shares: bool, masked: bool, multiple: int
+) -> tuple[int, int, list[int]]:
     """Where sequences of `sizes` tokens go: (rows, width of a row, where each begins in the flattened rows).
 
     masked: whether a mask is needed anyway. With one, or where padding costs more than it, short sequences
@@ -215,12 +221,13 @@ def _place(sizes: list[int], hidden_size: int, shares: bool, masked: bool) -> tu
         rows, width, _ = place
         return rows * width * (6 * hidden_size + MASKED * width)
 
-    return min((first_fit(sizes, width * k // 8) for k in range(8, 17)), key=cost)
+    return min((first_fit(sizes, width * k // 8, multiple) for k in range(8, 17)), key=cost)
 
 
-def first_fit(sizes: list[int], width: int) -> tuple[int, int, list[int]]:
+def first_fit(sizes: list[int], width: int, multiple: int = 1) -> tuple[int, int, list[int]]:
     """Lays sequences into rows of at most `width` tokens, longest first, each where it first fits; returns
-    the number of rows, the tokens of the fullest one, which all then have, and where each sequence begins.
+    the number of rows, the tokens that all then have (those of the fullest one, up to a multiple), and where
+    each sequence begins.
     """
     room, places = [], [(0, 0)] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -229,7 +236,7 @@ def first_fit(sizes: list[int], width: int) -> tuple[int, int, list[int]]:
             room.append(width)
         places[i] = (row, width - room[row])
         room[row] -= sizes[i]
-    width -= min(room)
+    width = math.ceil((width - min(room)) / multiple) * multiple
     return len(room), width, [row * width + start for row, start in places]
 
 

@@ -14,19 +14,21 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from data import Completion, Row
 from packing import Example, MicroBatch, Sequence, collate
-from processes import compute_dtype, device_mesh, first_line
+from processes import compute_dtype, device_mesh, first_line, gather
 
 # Most nats between our log-probs and the plain model's, on average, beside the rounding of its largest logit:
 # the order of sums makes 1e-6, rounding a capped logit of 30 to bfloat16 0.04.
 FAMILY_GAP = 1e-3
-CHUNK_LOGITS = 2**25  # logits that exist at one time: 128 MiB in float32, 261 tokens of Llama 3's vocabulary
+# logits that exist at one time: 261 tokens of Llama 3's vocabulary, on a GPU 1,046, since each chunk of the
+# backward pass reads and writes the whole gradient of the output matrix
+CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27}
 
 
 class TokenLogps(torch.autograd.Function):
@@ -70,7 +72,7 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def chunks(target_N, head_VH) -> list[slice]:
-        size = max(1, CHUNK_LOGITS // len(head_VH))
+        size = max(1, CHUNK_LOGITS[head_VH.device.type] // len(head_VH))
         return [slice(start, start + size) for start in range(0, len(target_N), size)]
 
     @staticmethod
@@ -102,6 +104,13 @@ class Policy(nn.Module):
         layers = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None)]
         self.shares = config._attn_implementation == "sdpa" and set(layers) <= {"full_attention", None}
 
+    def sum_over_replicas(self, now: bool):
+        """Whether the next backward pass adds up gradients over the replicas of --shard-ranks: the last of a
+        step has to.
+        """
+        if isinstance(self, FSDPModule):
+            self.set_requires_all_reduce(now)
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -111,15 +120,8 @@ class Policy(nn.Module):
         and the entropy of that distribution: float32 logps_BT and entropy_BT (nats), 0 outside the mask.
         """
         more = {}
-        if batch.sequence_RL is not None:  # a completion sees its prompt and itself
-            length, completion_RL = batch.ids_RL.shape[1], batch.completion_RL
-            causal_LL = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
-            same_RLL = batch.sequence_RL[:, :, None] == batch.sequence_RL[:, None, :]
-            own_RLL = (completion_RL[:, None, :] == 0) | (
-                completion_RL[:, :, None] == completion_RL[:, None, :]
-            )
-            mask_R1LL = (causal_LL & same_RLL & own_RLL)[:, None]
-            more = {"position_ids": batch.position_RL, "attention_mask": mask_R1LL}
+        if batch.sequence_RL is not None:
+            more = {"position_ids": batch.position_RL, "attention_mask": self._attention_mask(batch)}
         decoder, head_VH = self.lm.get_decoder(), self.lm.get_output_embeddings().weight
         hidden_RLH = decoder(input_ids=batch.ids_RL, use_cache=False, **more).last_hidden_state
         hidden_NH = hidden_RLH.flatten(0, 1).index_select(0, batch.source_N)
@@ -127,6 +129,17 @@ class Policy(nn.Module):
         zeros_BT = torch.zeros(batch.mask_BT.shape, device=self.device)
         logps_BT, entropy_BT = (zeros_BT.masked_scatter(batch.mask_BT, x_N) for x_N in both_N)
         return logps_BT, entropy_BT
+
+    def _attention_mask(self, batch: MicroBatch) -> torch.Tensor:
+        """0 where a token sees another, else -inf, in the computing dtype: every layer would make that of a
+        mask of booleans, and keep it. A completion sees its prompt and itself.
+        """
+        length, completion_RL = batch.ids_RL.shape[1], batch.completion_RL
+        causal_LL = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        same_RLL = batch.sequence_RL[:, :, None] == batch.sequence_RL[:, None, :]
+        own_RLL = (completion_RL[:, None, :] == 0) | (completion_RL[:, :, None] == completion_RL[:, None, :])
+        zeros_RLL = torch.zeros(same_RLL.shape, dtype=compute_dtype(self.device), device=self.device)
+        return zeros_RLL.masked_fill_(~(causal_LL & same_RLL & own_RLL), -torch.inf)[:, None]
 
     @torch.no_grad()
     def follow(self, policy: "Policy"):
@@ -204,6 +217,53 @@ def load_policy(
     dtype. Raises ArgumentError for a model that cannot be loaded whole, whose layers cannot be found, or that
     makes its logits in a way of its own.
     """
+    lm = _load_on_rank_0(model, vocab, trust, check=trainable)  # the reference is the same model
+    lm.requires_grad_(trainable).eval()  # eval: the sampler has no dropout, so the policy has none
+    layers = lm.get_decoder().layers
+    if activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers:
+            layer.training = True  # this flag alone turns recomputation on; its children stay in eval mode
+    dtype = torch.float32 if trainable else compute_dtype(device)
+    policy = Policy(lm, vocab, temperature)
+    policy.shares = policy.shares and packing
+    if device.type == "cpu" and dist.get_world_size() == 1:  # nothing to shard, nothing to cast in a forward:
+        return _fill(policy, dtype, device)  # FSDP would only cost the toy a seventh of its step
+    mesh = mesh or device_mesh(device, None)
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    for module in layers if embedding.weight is head.weight else [embedding, *layers]:
+        # so that only one is whole on the device at a time; the head is the root's
+        fully_shard(_fill(module, dtype, device), mesh=mesh, mp_policy=precision)
+    # the root too gives its full weights back after a forward: outside of one, parameters are always shards
+    return fully_shard(
+        _fill(policy, dtype, device), mesh=mesh, mp_policy=precision, reshard_after_forward=True
+    )
+
+
+def _load_on_rank_0(model: str, vocab: int, trust: bool, check: bool) -> nn.Module:
+    """The whole model on rank 0, in host memory, and its shapes alone on the others, so that a machine holds
+    it once; collective. Raises ArgumentError on all ranks.
+    """
+    lm = fault = None
+    if dist.get_rank() == 0:
+        try:
+            lm = _load_whole(model, vocab, trust, check)
+        except ArgumentError as error:
+            fault = str(error)
+    fault, dtype = gather([(fault, lm and lm.config.dtype)])[0]
+    if fault:
+        raise ArgumentError(None, fault)
+    if lm is None:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        lm.config.dtype = dtype
+    return lm
+
+
+def _load_whole(model: str, vocab: int, trust: bool, check: bool) -> nn.Module:
+    """Raises ArgumentError as `load_policy` explains. check: whether to compare it with the plain model."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # what it would report is refused below, in one line
     load = {"dtype": "auto", "trust_remote_code": trust, "ignore_mismatched_sizes": True}
@@ -224,30 +284,38 @@ def load_policy(
         raise ArgumentError(None, f"--model {model}: {type(lm).__name__} has no output matrix")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
         raise ArgumentError(None, f"--model {model}: its output layer has a bias, which is not supported")
-    layers = getattr(lm.get_decoder(), "layers", None)
-    if layers is None:
+    if getattr(lm.get_decoder(), "layers", None) is None:
         raise ArgumentError(None, f"--model {model}: {type(lm).__name__} has no decoder.layers to shard")
-    lm.requires_grad_(trainable).eval()  # eval: the sampler has no dropout, so the policy has none
-    if trainable:  # the reference is the same model
-        _check_family(Policy(lm, vocab, 1.0), model)
-    if activation_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in layers:
-            layer.training = True  # this flag alone turns recomputation on; its children stay in eval mode
-    dtype = torch.float32 if trainable else compute_dtype(device)
-    policy = Policy(lm, vocab, temperature)
-    policy.shares = policy.shares and packing
-    mesh = mesh or device_mesh(device, None)
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
-    if device.type == "cpu" and dist.get_world_size() == 1:  # nothing to shard, nothing to cast in a forward:
-        return _cast_parameters(policy, dtype)  # FSDP would only cost the toy a seventh of its step
-    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    for module in layers if embedding.weight is head.weight else [embedding, *layers]:
-        # so that only one is whole on the device at a time; the head is the root's
-        fully_shard(_cast_parameters(module, dtype), mesh=mesh, mp_policy=precision)
-    # the root too gives its full weights back after a forward: outside of one, parameters are always shards
-    _cast_parameters(policy, dtype)
-    return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    if check:
+        _check_family(Policy(lm.eval(), vocab, 1.0), model)
+    return lm
+
+
+def _fill(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Gives all ranks what rank 0 has of a module and of its children that are not sharded yet: parameters in
+    `dtype`, buffers as they are; collective. (Unlike Module.to: rotary frequencies are a buffer, and in
+    bfloat16 they turn positions of long completions by radians.)
+    """
+    for part in _unsharded(module):
+        owned = [*part._parameters.values(), *part._buffers.values(), *vars(part).values()]
+        tensors = [x for x in owned if isinstance(x, torch.Tensor)]
+        kinds = gather([[dtype if isinstance(x, nn.Parameter) else x.dtype for x in tensors]])[0]
+        for tensor, kind in zip(tensors, kinds, strict=True):
+            if tensor.is_meta:
+                whole = torch.empty(tensor.shape, dtype=kind, device=device)
+                if isinstance(tensor, nn.Parameter):
+                    whole = nn.Parameter(whole, requires_grad=tensor.requires_grad)
+                torch.utils.swap_tensors(tensor, whole)  # so that a tied matrix stays tied
+            tensor.data = tensor.data.to(device, kind)
+            dist.broadcast(tensor.data, 0)
+    return module
+
+
+def _unsharded(module: nn.Module) -> Iterator[nn.Module]:
+    if not isinstance(module, FSDPModule):
+        yield module
+        for child in module.children():
+            yield from _unsharded(child)
 
 
 def load_reference(model: str, *, needed: bool, follows: bool, **how) -> Reference:
@@ -287,16 +355,6 @@ def _check_family(policy: Policy, model: str):
 def local(p: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a parameter, gradient or moment: all of it on one CPU rank, without shards."""
     return p.to_local() if isinstance(p, DTensor) else p
-
-
-def _cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Parameters only, unlike Module.to: rotary frequencies are a buffer, and in bfloat16 they turn positions
-    of long completions by radians. What is sharded already has its dtype.
-    """
-    for p in module.parameters():
-        if not isinstance(p, DTensor):
-            p.data = p.data.to(dtype)
-    return module
 
 
 def clip_gradients(policy: Policy, max_norm: float) -> float:

@@ -29,6 +29,11 @@ def start() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            card = f"{torch.cuda.get_device_name(device)} has no bfloat16"
+            raise ArgumentError(
+                None, f"{card}, in which everything runs here: take a newer GPU (A100 or later)"
+            )
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ and not dist.is_initialized():
         try:
@@ -57,8 +62,12 @@ def device_mesh(device: torch.device, shard_ranks: int | None) -> DeviceMesh:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     if world % shard_ranks:
         raise ArgumentError(None, f"--shard-ranks {shard_ranks}: does not divide the {world} rank(s)")
-    shape = (world // shard_ranks, shard_ranks)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    ranks = torch.arange(world).reshape(-1, shard_ranks)
+    # groups of our own, because those of init_device_mesh have torch's time-out
+    groups = [
+        dist.new_subgroups_by_enumeration(part.tolist(), timeout=TIMEOUT)[0] for part in (ranks.T, ranks)
+    ]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from data import Completion
 from packing import Example, micro_batches
+from processes import first_line
 
 # Expected |policy - sampler| of a token's log-prob right after a reload, as (mean, max) in nats. In float32
 # only the order of sums differs (mean 3e-7 for the toy, 1.5e-5 for a 135M model); in bfloat16 single tokens
@@ -41,6 +42,7 @@ class Sampler:
     """
 
     as_in_files = False  # whether `reload` reads experts as a model's files have them
+    pool = 0  # bytes of a GPU that torch counts as the sampler's, asleep or not
 
     def follow(self, policy, step: int) -> bool:
         """Takes over the policy's weights of this step, unless a validation has brought them already; returns
@@ -76,7 +78,8 @@ class VLLMSampler(Sampler):
         # CPU 1 GiB of KV cache instead of a share of the memory, and no threads bound to the policy's cores.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # on a GPU its log says how many sequences its memory holds, and when it has to begin one again
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if device.type == "cuda" else "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if device.type == "cpu":
@@ -93,25 +96,36 @@ class VLLMSampler(Sampler):
         self.version, self.asleep, self.can_sleep = 0, False, sleep and device.type == "cuda"
         gc.collect()
         gc.freeze()  # what is loaded by now stays: the collections that vLLM asks for need not go through it
-        self.llm = LLM(
-            model,
-            dtype=dtype,
-            trust_remote_code=trust,
-            max_model_len=max_length,
-            gpu_memory_utilization=gpu_memory,
-            enforce_eager=device.type == "cpu",  # CUDA graphs on a GPU
-            # whole blocks of a prompt are read once for all completions; a CPU has blocks of 128 otherwise
-            block_size=None if device.type == "cuda" else CPU_BLOCK,
-            enable_prefix_caching=device.type == "cuda" or max_length > CPU_BLOCK,
-            enable_sleep_mode=self.can_sleep,
-            use_tqdm_on_load=False,
-            skip_tokenizer_init=True,  # ids in, ids out
-            generation_config="vllm",  # no sampling defaults of the model's own
-            logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature and all
-            logits_processors=[_ban_ids_from(vocab)] if padded else None,
-            # one engine per rank inside torchrun's processes
-            distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
-        )
+        before = 0
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            if fault := memory_fault(_weight_bytes(config), total - free, total, gpu_memory):
+                raise ArgumentError(None, f"--model {model}: {fault}")
+            before = torch.cuda.memory_allocated()
+        try:
+            self.llm = LLM(
+                model,
+                dtype=dtype,
+                trust_remote_code=trust,
+                max_model_len=max_length,
+                gpu_memory_utilization=gpu_memory,
+                enforce_eager=device.type == "cpu",  # CUDA graphs on a GPU
+                # whole blocks of a prompt are read once for all completions; a CPU has 128 otherwise
+                block_size=None if device.type == "cuda" else CPU_BLOCK,
+                enable_prefix_caching=device.type == "cuda" or max_length > CPU_BLOCK,
+                enable_sleep_mode=self.can_sleep,
+                use_tqdm_on_load=False,
+                skip_tokenizer_init=True,  # ids in, ids out
+                generation_config="vllm",  # no sampling defaults of the model's own
+                logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature and all
+                logits_processors=[_ban_ids_from(vocab)] if padded else None,
+                # one engine per rank inside torchrun's processes
+                distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
+            )
+        except Exception as error:  # too little memory, an architecture or a kernel that it lacks
+            reason = f"vLLM does not start ({type(error).__name__}: {first_line(error)})"
+            raise ArgumentError(None, f"--model {model}: {reason}; --sampler hf may") from error
+        self.pool = torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
         atexit.register(self.close)  # whatever ends the process
 
     @property
@@ -160,12 +174,14 @@ class VLLMSampler(Sampler):
         """
         self.version = None  # if this fails half-way, the engine holds nobody's weights
         if self.asleep:  # the KV cache can wait until nothing is being gathered any more
+            torch.cuda.empty_cache()  # what the update has left there is of no use to the engine
             self.llm.wake_up(tags=["weights"])
         entries = {}
         self.llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": _note_entries(weights, entries)}
         )
         if self.asleep:
+            torch.cuda.empty_cache()
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
         self._forget()
@@ -308,6 +324,32 @@ def _experts(whole: str, tensor, entries: dict):
             half = len(held) // 2
             yield f"{stem}{expert}.{gate}.weight", held[:half]
             yield f"{stem}{expert}.{up}.weight", held[half:]
+
+
+def memory_fault(weights: int, held: int, total: int, share: float) -> str | None:
+    """Why an engine does not fit on a GPU, or None: bytes of its weights, of what is held already, of all;
+    share: --gpu-memory.
+    """
+    gib = 2**30
+    mine, there = f"its {weights / gib:.1f} GiB of weights", f"this GPU's {total / gib:.1f} GiB"
+    if held + weights > total:
+        beside = f"beside the {held / gib:.1f} GiB that are held there already, by the policy for one"
+        return f"{mine} do not fit into {there} {beside}: take more GPUs, larger ones or a smaller model"
+    if weights > share * total:
+        return f"{mine} are more than --gpu-memory {share:g} of {there}: raise it"
+    if held + share * total > total:
+        most = (total - held) / total
+        return f"--gpu-memory {share:g} of {there} is more than is free: lower it, at most to {most:.2f}"
+    return None
+
+
+def _weight_bytes(config) -> int:
+    """Of a whole model in bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return 2 * sum(p.numel() for p in model.parameters())
 
 
 def load_sampler(kind: str, model: str, **engine):

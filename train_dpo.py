@@ -315,7 +315,7 @@ def main(argv=None):
 
         # ---- log, validate, save
         paired = max(1, sums["pairs"])  # prompts with a pair
-        metrics = sums.metrics() | {
+        metrics = sums.metrics(sampler.pool) | {
             "step": step,
             "learning_rate": lr,
             "loss": sums["loss"] / args.prompts_per_step,

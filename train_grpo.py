@@ -304,7 +304,7 @@ def main(argv=None):
 
         # ---- log, validate, save
         tokens = max(1, sums["tokens"])
-        metrics = sums.metrics() | {
+        metrics = sums.metrics(sampler.pool) | {
             "step": step,
             "learning_rate": lr,
             "loss": sums["loss"],

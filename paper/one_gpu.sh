@@ -11,8 +11,8 @@
 # shorter completions, 300 steps of 64 prompts, and GSM8K's own test set at the end (4 completions each).
 #
 # Memory, derived and not measured (the first number is the training's peak, the second the sampler's weights):
-#     python results/memory.py --shard-ranks 1 --shape 1536,28,12,2,8960,151936,1  # 32.2 and 2.9 GiB
-#     python results/memory.py --shard-ranks 1 --shape 896,24,14,2,4864,151936,1 --micro-batch-tokens 8192  # 11.2 and 0.9 GiB
+#     python results/memory.py --shard-ranks 1 --shape 1536,28,12,2,8960,151936,1  # 33.9 and 2.9 GiB
+#     python results/memory.py --shard-ranks 1 --shape 896,24,14,2,4864,151936,1 --micro-batch-tokens 8192  # 12.8 and 0.9 GiB
 #
 # Time, not measured: a step samples 512 completions and trains on at most 128 of them, at most 131,072 tokens,
 # which is 8 x 1.5e9 x 131,072 = 1.6e15 operations (0.5e15 for the small one), the reference's forward a quarter more.

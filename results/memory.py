@@ -63,8 +63,12 @@ def activations(shape: Shape, tokens: int, checkpointing: bool) -> int:
     return tokens * (kept + last)
 
 
-def memory(shape: Shape, shard_ranks: int, tokens: int, checkpointing: bool) -> dict[str, float]:
-    """Bytes on each GPU by what they are for; tokens: of a micro-batch, padding included."""
+def memory(
+    shape: Shape, shard_ranks: int, tokens: int, checkpointing: bool, row: int = 6144
+) -> dict[str, float]:
+    """Bytes on each GPU by what they are for; tokens: of a micro-batch, padding included; row: of its rows,
+    which have at most twice the tokens of the longest sequence.
+    """
     from policy import CHUNK_LOGITS
 
     share = shape.parameters / shard_ranks
@@ -78,9 +82,10 @@ def memory(shape: Shape, shard_ranks: int, tokens: int, checkpointing: bool) -> 
         "gathered weights": 2 * (root + (shape.layer + max(shape.layer, 0 if shape.tied else shape.matrix))),
         # the output matrix's: summed in float32, cast to bfloat16, copied in float32 to be reduced
         "whole gradients": (4 + 2 + 4) * root,
+        "attention mask": 2 * tokens * row,  # tokens of a row by tokens of a row, in bfloat16
         "activations": activations(shape, tokens, checkpointing),
         # of a chunk: logits in bfloat16 and float32, probabilities, gradient in float32 and bfloat16
-        "logits": (2 + 4 + 4 + 4 + 2) * CHUNK_LOGITS,
+        "logits": (2 + 4 + 4 + 4 + 2) * CHUNK_LOGITS["cuda"],
     }
 
 

@@ -435,6 +435,18 @@ def test_more_ranks_than_gpus(monkeypatch):
         processes.start()
 
 
+def test_a_gpu_without_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(
+        ArgumentError, match=r"Tesla V100 has no bfloat16, .* take a newer GPU \(A100 or later\)"
+    ):
+        processes.start()
+
+
 def test_as_a_command_it_is_one_line_and_exit_code_2(tmp):
     command = [sys.executable, str(ROOT / "train_dpo.py"), "--data", str(tmp / "broken.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp, check=False)

@@ -152,7 +152,7 @@ def test_every_metric_logged_is_explained_and_the_other_way_round():
     logged = {name for log in logs for line in log.read_text().splitlines() for name in json.loads(line)}
     logged |= {"reward/exact", "reward/gsm8k", "reward/math", "reward/rm", "reward/judge"}
     logged |= {"eval/reward", "eval/reward_per_token", "eval/length"}
-    logged |= {"memory/peak_gib", "skipped", "time/write"}
+    logged |= {"memory/held_gib", "memory/peak_gib", "skipped", "time/write"}
     assert logged - {"step"} == explained
 
 

@@ -39,7 +39,7 @@ def logps_by_transformers(directory, sequences, vocab, temperature=1.0, left=0):
 @pytest.mark.parametrize("left", [0, 4])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logps_equal_log_softmax_of_transformers(device, tokenizer, left, temperature, monkeypatch):
-    monkeypatch.setattr("policy.CHUNK_LOGITS", 64 * 5)  # several chunks of 5 tokens
+    monkeypatch.setattr("policy.CHUNK_LOGITS", {"cpu": 64 * 5, "cuda": 64 * 5})  # several chunks of 5 tokens
     policy = load_policy(str(TOY), device, len(tokenizer), temperature)
     sequences = copy.deepcopy(SEQUENCES)
     got = logps_of(policy, sequences, 64)
@@ -198,7 +198,7 @@ def test_entropy_is_that_of_the_next_token(policy):
 
 
 def test_gradients_of_logps_and_entropies_equal_autograd_through_whole_logits(monkeypatch):
-    monkeypatch.setattr("policy.CHUNK_LOGITS", 50 * 3)
+    monkeypatch.setattr("policy.CHUNK_LOGITS", {"cpu": 50 * 3, "cuda": 50 * 3})
     torch.manual_seed(0)
     hidden, head, target = torch.randn(10, 8), torch.randn(60, 8), torch.randint(0, 50, (10,))
     weight_logp, weight_entropy = torch.randn(2, 10)
@@ -333,3 +333,7 @@ def test_clip_returns_the_norm_before(policy):
     assert after == pytest.approx(norm / 4, rel=1e-4)
     policy.zero_grad()
     assert clip_gradients(policy, 1.0) == 0 and math.isfinite(norm)
+
+
+def test_replicas_read_the_model_once_and_add_up_gradients_once(torchrun):
+    torchrun(4, "tests/replicas.py")

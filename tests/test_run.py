@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 
 from export import model_card
@@ -110,6 +111,17 @@ def test_wandb_gets_what_the_file_gets(tmp_path):
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert f"| accuracy after | {metrics[-1]['eval/accuracy']:.4g} |" in card and "--wandb proj" in card
     assert "--wandb" not in done.stderr
+
+
+def test_memory_of_a_gpu_is_counted_without_the_samplers_pool(monkeypatch):
+    resets, gib = [], 2**30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * gib, 80 * gib))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70 * gib)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
+    metrics = sums_of([]).metrics(pool=30 * gib)
+    assert (metrics["memory/held_gib"], metrics["memory/peak_gib"]) == (60, 40)
+    assert resets == [1]  # so that the next step's peak is its own
 
 
 def records(data: bytes):

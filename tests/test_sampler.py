@@ -17,7 +17,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, TopPLogitsWarper
 from data import Row
 from packing import micro_batches
 from policy import load_policy, local
-from sampler import SyncError, _difference, _note_entries, load_sampler, require_sampler, self_test
+from sampler import (
+    SyncError,
+    _difference,
+    _note_entries,
+    _weight_bytes,
+    load_sampler,
+    memory_fault,
+    require_sampler,
+    self_test,
+)  # fmt: skip
 from sampler_hf import _log_softmax
 from tokenizer import load_tokenizer
 
@@ -498,3 +507,39 @@ def test_whatever_ends_a_run_shuts_the_engine_down_once(end, tmp_path):
     codes = {"done": 0, "signal": 75, "SyncError": 1, "another rank has left": 1}
     assert done.returncode == codes[end], done.stderr[-2000:]
     assert done.stdout.count("shut down") == 1 and "Traceback" not in done.stderr
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("weights", "held", "total", "share", "said"),
+    [
+        (15 * GIB, 13 * GIB, 80 * GIB, 0.6, None),  # 8B on one of eight 80 GB GPUs
+        (141 * GIB, 40 * GIB, 80 * GIB, 0.6, "its 141.0 GiB of weights do not fit into this GPU's 80.0 GiB"),
+        (15 * GIB, 13 * GIB, 24 * GIB, 0.4, "do not fit into this GPU's 24.0 GiB beside the 13.0 GiB that"),
+        (15 * GIB, 4 * GIB, 40 * GIB, 0.3, "are more than --gpu-memory 0.3 of this GPU's 40.0 GiB: raise it"),
+        (15 * GIB, 28 * GIB, 80 * GIB, 0.7, "--gpu-memory 0.7 of this GPU's 80.0 GiB is more than is free"),
+    ],
+)  # fmt: skip
+def test_an_engine_that_does_not_fit_on_the_gpu_is_named(weights, held, total, share, said):
+    found = memory_fault(weights, held, total, share)
+    assert found is None if said is None else said in found
+
+
+def test_weights_are_counted_without_making_them():
+    config = AutoConfig.from_pretrained(TOY)
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(TOY).parameters())
+    assert _weight_bytes(config) == 2 * parameters
+    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 80, 8192, 28672
+    assert _weight_bytes(config) > 100e9
+
+
+def test_an_engine_that_does_not_start_is_one_line(device, tokenizer):
+    """Here because of its context; on a GPU mostly for lack of memory."""
+    pytest.importorskip("vllm")
+    with pytest.raises(
+        ArgumentError, match=r"^--model \S+: vLLM does not start \(ValidationError: "
+    ) as error:
+        load_sampler("vllm", str(TOY), **engine(tokenizer, device, max_length=4096))
+    assert "\n" not in str(error.value)
