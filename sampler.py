@@ -12,28 +12,15 @@ import os
 import random
 from argparse import ArgumentError, Namespace
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from data import Completion
-from packing import Example, micro_batches
 from processes import first_line
+from sampler_check import SyncError, difference, memory_fault, note_entries, weight_bytes
 
-# Expected |policy - sampler| of a token's log-prob right after a reload, as (mean, max) in nats. In float32
-# only the order of sums differs (mean 3e-7 for the toy, 1.5e-5 for a 135M model); in bfloat16 single tokens
-# are off by tenths, which average out.
-GAP_LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 2.0)}
-# Of the self-test: completions, and the first tokens of each (reading the prompt yields only the first one)
-TEST_COMPLETIONS, TEST_TOKENS = 8, 4
-TEST_BATCH = 2**14  # padded tokens of one forward
 CPU_BLOCK = 32  # tokens of keys and values that vLLM keeps together, the least that its CPU kernel takes
-ENTRIES = 4096  # entries of each tensor that are read back from the engine after a reload
-
-
-class SyncError(SystemExit):
-    """The sampler does not hold the policy's weights; uncaught, one line and exit code 1."""
 
 
 class Sampler:
@@ -99,7 +86,7 @@ class VLLMSampler(Sampler):
         before = 0
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
-            if fault := memory_fault(_weight_bytes(config), total - free, total, gpu_memory):
+            if fault := memory_fault(weight_bytes(config), total - free, total, gpu_memory):
                 raise ArgumentError(None, f"--model {model}: {fault}")
             before = torch.cuda.memory_allocated()
         try:
@@ -177,20 +164,16 @@ class VLLMSampler(Sampler):
             torch.cuda.empty_cache()  # what the update has left there is of no use to the engine
             self.llm.wake_up(tags=["weights"])
         entries = {}
-        self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": _note_entries(weights, entries)}
-        )
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": note_entries(weights, entries)})
         if self.asleep:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
         self._forget()
-        [difference] = self.llm.apply_model(lambda model: _difference(model, entries))
+        [fault] = self.llm.apply_model(lambda model: difference(model, entries))
         self.llm.apply_model(_pack_for_cpu)
-        if difference:
-            raise SyncError(
-                f"after the reload at step {version} vLLM does not hold the policy's {difference}"
-            )
+        if fault:
+            raise SyncError(f"after the reload at step {version} vLLM does not hold the policy's {fault}")
         self.version = version
 
     def _forget(self):
@@ -256,102 +239,6 @@ def _pack_for_cpu(model):
             kernel.fused_experts.process_weights_after_loading(layer)
 
 
-def _note_entries(weights, entries: dict):
-    """Passes the pairs on; keeps evenly spaced entries of each tensor, to look for them in the engine."""
-    for name, tensor in weights:
-        entries[name] = (tensor.shape, tensor.flatten()[:: _stride(tensor)].clone())
-        yield name, tensor
-
-
-def _stride(tensor) -> int:
-    return max(1, tensor.numel() // ENTRIES)
-
-
-def _difference(model, entries: dict) -> str | None:
-    """Compares the noted entries with vLLM's own tensors; names the tensor that was not sent or differs most,
-    or None.
-
-    vLLM joins some matrices by rows (q, k and v; gate and up), unless they are sent joined. Tensors that a
-    kernel has repacked cannot be read back (on a CPU, those of all linear layers), and names may differ
-    (multimodal models): then the log-probs have to tell.
-    """
-    joined = getattr(model, "packed_modules_mapping", {})
-    missing, worst, worst_gap, known = None, None, 0.0, False
-    for whole, param in model.named_parameters():
-        module = whole.split(".")[-2] if "." in whole else whole
-        if whole.endswith((".w13_weight", ".w2_weight")):  # the experts of a layer, in a tensor of each kind
-            parts = _experts(whole, param.data, entries)
-        elif whole in entries:
-            parts = [(whole, param.data)]
-        else:
-            parts = _rows(whole, param.data, module, joined.get(module, [module]), entries)
-        for name, held in parts:
-            if name not in entries:
-                missing = name
-                continue
-            known = True
-            shape, noted = entries[name]
-            if held.shape == shape:
-                gap = (held.flatten()[:: _stride(held)].float() - noted.float()).abs().max().item()
-                if not gap <= worst_gap:  # NaN counts as a difference
-                    worst, worst_gap = name, gap
-    if known and missing:
-        return f"{missing}: it was not among the tensors that were sent"
-    return worst and f"{worst}: entries differ by up to {worst_gap:.2g}"
-
-
-def _rows(whole: str, tensor, module: str, joined: list[str], entries: dict):
-    """(name, rows) of each matrix that vLLM has joined into one."""
-    row = 0
-    for part in joined:
-        name = whole.replace(f"{module}.", f"{part}.")
-        size = entries[name][0][0] if name in entries else 0
-        yield name, tensor[row : row + size]
-        row += size
-
-
-def _experts(whole: str, tensor, entries: dict):
-    """(name, matrix) of each expert, as the two namings of models' files have them: gate, up, down or w1, w3,
-    w2. vLLM joins gate and up by rows.
-    """
-    stem = whole[: whole.index(".experts.") + len(".experts.")]
-    llama = f"{stem}0.gate_proj.weight" in entries
-    gate, up, down = ("gate_proj", "up_proj", "down_proj") if llama else ("w1", "w3", "w2")
-    for expert, held in enumerate(tensor):
-        if whole.endswith(".w2_weight"):
-            yield f"{stem}{expert}.{down}.weight", held
-        else:
-            half = len(held) // 2
-            yield f"{stem}{expert}.{gate}.weight", held[:half]
-            yield f"{stem}{expert}.{up}.weight", held[half:]
-
-
-def memory_fault(weights: int, held: int, total: int, share: float) -> str | None:
-    """Why an engine does not fit on a GPU, or None: bytes of its weights, of what is held already, of all;
-    share: --gpu-memory.
-    """
-    gib = 2**30
-    mine, there = f"its {weights / gib:.1f} GiB of weights", f"this GPU's {total / gib:.1f} GiB"
-    if held + weights > total:
-        beside = f"beside the {held / gib:.1f} GiB that are held there already, by the policy for one"
-        return f"{mine} do not fit into {there} {beside}: take more GPUs, larger ones or a smaller model"
-    if weights > share * total:
-        return f"{mine} are more than --gpu-memory {share:g} of {there}: raise it"
-    if held + share * total > total:
-        most = (total - held) / total
-        return f"--gpu-memory {share:g} of {there} is more than is free: lower it, at most to {most:.2f}"
-    return None
-
-
-def _weight_bytes(config) -> int:
-    """Of a whole model in bfloat16."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return 2 * sum(p.numel() for p in model.parameters())
-
-
 def load_sampler(kind: str, model: str, **engine):
     """Starts the sampler `kind`, "vllm" or "hf"; engine: the arguments of `VLLMSampler`."""
     if kind == "vllm":
@@ -373,38 +260,3 @@ def sample(sampler, rows: list, n: int, args: Namespace, *key) -> list[tuple]:
     seed = random.Random(f"{args.seed} {key} {dist.get_rank()}").getrandbits(63)
     groups = sampler.generate([row.ids for row in rows], n, args.max_new_tokens, args.temperature, seed)
     return list(zip(rows, groups, strict=True))
-
-
-@torch.no_grad()
-def self_test(sampler, policy, groups: list) -> dict[str, float]:
-    """Scores the beginnings of the first completions after a reload with the policy that the weights came
-    from; collective.
-
-    groups: (row, completions); the first completion of each prompt comes first. Returns
-    sampler/logp_gap_mean and _max of |policy - sampler| over tokens (nats) on this rank, nothing on one
-    without completions; raises SyncError, with the worst token, where the gaps are beyond GAP_LIMITS of the
-    sampler's dtype.
-    """
-    first = [(row, cs[k]) for k in range(TEST_COMPLETIONS) for row, cs in groups if k < len(cs)]
-    examples = [
-        Example(row, [replace(c, ids=c.ids[:TEST_TOKENS], logps=c.logps[:TEST_TOKENS])])
-        for row, c in first[:TEST_COMPLETIONS]
-    ]
-    found = {}
-    for batch in micro_batches(examples, policy, TEST_BATCH):
-        gaps_BT = (policy(batch)[0] - batch.sampler_BT).abs()
-        for (example, _), gaps_T, mask_T in zip(batch.origin_B, gaps_BT, batch.mask_BT, strict=False):
-            found[id(example)] = gaps_T[mask_T].cpu()
-    if not examples:
-        return {}
-    gaps = torch.cat([found[id(example)] for example in examples]).nan_to_num(nan=float("inf"))
-    limit_mean, limit_max = GAP_LIMITS[sampler.dtype]
-    if gaps.mean() > limit_mean or gaps.max() > limit_max:
-        tokens = [i for example in examples for i in example.completions[0].ids]
-        worst = sampler.tokenizer.decode([tokens[int(gaps.argmax())]])
-        raise SyncError(
-            f"the sampler (version {first[0][1].version}) does not hold the policy's weights: log-probs of "
-            f"its own tokens differ by {gaps.mean():.2g} on average (limit {limit_mean:g}) and "
-            f"{gaps.max():.2g} at most (limit {limit_max:g}), which is at the token {worst!r}"
-        )
-    return {"sampler/logp_gap_mean": gaps.mean().item(), "sampler/logp_gap_max": gaps.max().item()}

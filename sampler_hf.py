@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data import Completion
-from sampler import Sampler, SyncError
+from sampler import Sampler
+from sampler_check import SyncError
 
 BATCH = (256, 2**17)  # most sequences, and most tokens of keys and values, in one call of transformers
 

@@ -40,9 +40,10 @@ from checkpoint import Checkpoints, Progress, find_checkpoint
 from data import load_rows
 from export import export, rehearse_export
 from flags import count, count_or_0, day, positive, positive_or_0, steps_or_inf, switch
+from loading import load_policy, load_reference
 from metrics import Sums
 from packing import Example, micro_batches
-from policy import clip_gradients, load_policy, load_reference
+from policy import clip_gradients
 from rewards import Scorer, add_reward_flags
 from run import BY_SIGNAL, Interrupt, Run
 from sampler import load_sampler, require_sampler

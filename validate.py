@@ -3,7 +3,8 @@
 import torch.distributed as dist
 
 from metrics import Sums, headline
-from sampler import sample, self_test
+from sampler import sample
+from sampler_check import self_test
 
 SHOWN = 3  # of the completions, on the console
 ENDS = (80, 200)  # characters of a prompt and of a completion that are shown, their last ones

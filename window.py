@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from data import Prompts, read_rollout, rollout_line
 from processes import Fault, everywhere, interleave, on_rank_0
-from sampler import sample, self_test
+from sampler import sample
+from sampler_check import self_test
 
 CHUNK = 10  # steps that are sampled in one call
 # flags that decide what the first window's completions are, beside the model's files and the rows

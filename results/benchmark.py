@@ -64,7 +64,7 @@ class Bench:
         import torch
 
         import processes
-        from policy import load_policy
+        from loading import load_policy
         from sampler import load_sampler
         from tokenizer import load_tokenizer
 

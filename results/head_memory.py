@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import processes
 from data import Completion, Row
+from loading import load_policy
 from packing import Example, Sequence, collate
-from policy import load_policy
 
 
 def measure(way: str, model: str, sequences: int, tokens: int, vocab: int, answer) -> None:

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 import processes  # noqa: E402
 from data import Completion, Row  # noqa: E402
+from loading import load_policy  # noqa: E402
 from packing import Example, Sequence, collate, micro_batches  # noqa: E402
-from policy import load_policy  # noqa: E402
 from sampler import load_sampler  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 

@@ -15,8 +15,9 @@ from conftest import TOY, engine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import processes
-from policy import load_policy
-from sampler import SyncError, load_sampler
+from loading import load_policy
+from sampler import load_sampler
+from sampler_check import SyncError
 
 
 def lying(noted: dict, sent: dict):

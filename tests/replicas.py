@@ -15,10 +15,11 @@ from conftest import TOY, example, forward
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 
-import policy as policy_module
+import loading
 import processes
+from loading import load_policy
 from packing import micro_batches
-from policy import load_policy, local
+from policy import local
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -63,7 +64,7 @@ def main(directory: str):
         if rank == 0:
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-        with mock.patch("policy._load_whole", wraps=policy_module._load_whole) as read:
+        with mock.patch("loading._load_whole", wraps=loading._load_whole) as read:
             check_forward(directory, device, mesh)
         assert read.call_count == (rank == 0)
     policy = load_policy(str(TOY), device, 64, 1.0, mesh=mesh)

@@ -10,8 +10,9 @@ from conftest import TOY, example, forward, logps_of
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from export import export
+from loading import load_policy, load_reference
 from packing import Sequence, collate
-from policy import Policy, Reference, TokenLogps, clip_gradients, load_policy, load_reference, local
+from policy import Policy, Reference, TokenLogps, clip_gradients, local
 from tokenizer import load_tokenizer
 
 SEQUENCES = [

@@ -15,18 +15,11 @@ from conftest import ROOT, TOY, engine, logps_of
 from transformers import AutoConfig, AutoModelForCausalLM, TopPLogitsWarper
 
 from data import Row
+from loading import load_policy
 from packing import micro_batches
-from policy import load_policy, local
-from sampler import (
-    SyncError,
-    _difference,
-    _note_entries,
-    _weight_bytes,
-    load_sampler,
-    memory_fault,
-    require_sampler,
-    self_test,
-)  # fmt: skip
+from policy import local
+from sampler import load_sampler, require_sampler
+from sampler_check import SyncError, difference, memory_fault, note_entries, self_test, weight_bytes
 from sampler_hf import _log_softmax
 from tokenizer import load_tokenizer
 
@@ -357,22 +350,22 @@ def test_on_a_gpu_the_very_tensors_are_compared():
         "v_proj.weight": v,
         "norm.weight": model.norm.weight.data.clone(),
     }
-    list(_note_entries(sent.items(), entries))
-    assert _difference(model, entries) is None
+    list(note_entries(sent.items(), entries))
+    assert difference(model, entries) is None
     model.qkv_proj.weight.data[14, 3] += 1e-3  # a row of k
-    assert "k_proj.weight: entries differ by up to 0.001" in _difference(model, entries)
+    assert "k_proj.weight: entries differ by up to 0.001" in difference(model, entries)
     model.qkv_proj.weight.data[14, 3] -= 1e-3
     model.qkv_proj.weight.data[12:18], model.qkv_proj.weight.data[18:24] = v, k
-    assert "entries differ" in _difference(model, entries)
+    assert "entries differ" in difference(model, entries)
     del entries["v_proj.weight"]
-    assert "v_proj.weight: it was not among" in _difference(model, entries)
+    assert "v_proj.weight: it was not among" in difference(model, entries)
     for entry in (0.0, 0.5):  # a family, such as phi3 or glm4, that joins them itself
         entries.clear()
         qkv = model.qkv_proj.weight.data.clone()
         qkv[20, 1] += entry
         sent = {"qkv_proj.weight": qkv, "norm.weight": model.norm.weight.data}
-        list(_note_entries(sent.items(), entries))
-        said = _difference(model, entries)
+        list(note_entries(sent.items(), entries))
+        said = difference(model, entries)
         assert said == (f"qkv_proj.weight: entries differ by up to {entry:.2g}" if entry else None)
 
 
@@ -530,9 +523,9 @@ def test_an_engine_that_does_not_fit_on_the_gpu_is_named(weights, held, total, s
 def test_weights_are_counted_without_making_them():
     config = AutoConfig.from_pretrained(TOY)
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(TOY).parameters())
-    assert _weight_bytes(config) == 2 * parameters
+    assert weight_bytes(config) == 2 * parameters
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = 80, 8192, 28672
-    assert _weight_bytes(config) > 100e9
+    assert weight_bytes(config) > 100e9
 
 
 def test_an_engine_that_does_not_start_is_one_line(device, tokenizer):

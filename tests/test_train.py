@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from export import rehearse_export
-from policy import load_policy
+from loading import load_policy
 
 SHORT = ["--prompts-per-step", "9", "--samples-per-prompt", "4", "--eval-data", "{tmp}/valid.jsonl"]
 
