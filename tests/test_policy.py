@@ -319,7 +319,7 @@ def test_export_is_an_ordinary_directory(device, tokenizer, tmp_path, tied):
 
 
 def test_a_reference_in_bfloat16_keeps_its_rotary_frequencies(policy, device, tokenizer, monkeypatch):
-    monkeypatch.setattr("policy.compute_dtype", lambda device: torch.bfloat16)  # as on a GPU
+    monkeypatch.setattr("loading.compute_dtype", lambda device: torch.bfloat16)  # as on a GPU
     reference = load_policy(str(TOY), device, len(tokenizer), 1.0, trainable=False)
     assert all(p.dtype == torch.bfloat16 for p in reference.parameters())
     mine, theirs = (p.lm.model.rotary_emb.inv_freq for p in (reference, policy))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, require_vllm
 from resume_matrix import CUTS, STEPS
 from safetensors.torch import load_file
 
@@ -51,7 +51,7 @@ def test_going_on_is_as_if_nothing_had_happened(matrix, script, s, cut):
 
 def test_with_vllm_and_two_ranks(torchrun, tmp_path):
     """Inside a window, which is on disk since the first checkpoint that fell inside it."""
-    pytest.importorskip("vllm")
+    require_vllm()
     valid = (TOY.parent / "valid.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "valid.jsonl").write_text("".join(valid[:20]))
     flags = "--steps 9 --sync-steps 5 --prompts-per-step 5 --samples-per-prompt 4"

@@ -11,7 +11,7 @@ from argparse import ArgumentError
 
 import pytest
 import torch
-from conftest import ROOT, TOY, engine, logps_of
+from conftest import ROOT, TOY, engine, logps_of, require_vllm
 from transformers import AutoConfig, AutoModelForCausalLM, TopPLogitsWarper
 
 from data import Row
@@ -201,7 +201,7 @@ def test_the_self_test_takes_more_completions_of_few_prompts(vllm, fresh, prompt
         seen.append([(tuple(one.row.ids), one.completions) for one in examples])
         return micro_batches(examples, *more)
 
-    monkeypatch.setattr("sampler.micro_batches", note)
+    monkeypatch.setattr("sampler_check.micro_batches", note)
     for count, n in ((1, 8), (3, 4), (8, 1)):
         self_test(vllm, fresh, groups_of(vllm, prompts[:count], n))
         assert len(seen[-1]) == 8 and {prompt for prompt, _ in seen[-1]} == {*map(tuple, prompts[:count])}
@@ -300,7 +300,7 @@ ENGINES = []  # vLLM takes torch's process group down when an engine goes, so th
 def test_a_tied_matrix_that_is_forgotten_is_caught(kind, device, tokenizer, tmp_path, prompts):
     """One matrix is embedding and output layer, and is sent once."""
     if kind == "vllm":
-        pytest.importorskip("vllm")
+        require_vllm()
     config = AutoConfig.from_pretrained(TOY, tie_word_embeddings=True)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -325,7 +325,7 @@ def test_a_tied_matrix_that_is_forgotten_is_caught(kind, device, tokenizer, tmp_
 @pytest.mark.parametrize("family", ["Qwen3MoeConfig", "MixtralConfig"])
 def test_experts_are_reloaded_and_the_proof_covers_each(family):
     """In a process of its own: after an engine without experts vLLM starts none that has some."""
-    pytest.importorskip("vllm")
+    require_vllm()
     command = [sys.executable, ROOT / "tests" / "experts.py", family]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -367,17 +367,6 @@ def test_on_a_gpu_the_very_tensors_are_compared():
         list(note_entries(sent.items(), entries))
         said = difference(model, entries)
         assert said == (f"qkv_proj.weight: entries differ by up to {entry:.2g}" if entry else None)
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="sleeping frees GPU memory; on a CPU it does nothing"
-)
-def test_sleep_frees_the_gpu_and_a_reload_wakes_up(vllm, fresh, prompts):
-    awake = torch.cuda.mem_get_info()[0]
-    vllm.sleep()
-    assert torch.cuda.mem_get_info()[0] > awake + 2**30 and vllm.version is None
-    vllm.reload(fresh.full_weights(vllm.dtype), 0)
-    gaps_of(vllm, fresh, prompts)
 
 
 def test_where_vllm_is_missing_both_ways_out_are_named(monkeypatch):
@@ -449,7 +438,7 @@ def test_a_token_beyond_the_number_of_tokens_can_be_sampled_and_ends_a_completio
     kind, sparse, device, prompts
 ):
     if kind == "vllm":
-        pytest.importorskip("vllm")
+        require_vllm()
     tokenizer, vocab, stop_ids = load_tokenizer(sparse, 64)
     assert (len(tokenizer), vocab) == (65, 71)
     assert stop_ids == [3, 70]  # generation_config.json's and the tokenizer's
@@ -475,7 +464,7 @@ def test_the_toy_samples_about_one_completion_in_four_right(device, tokenizer):
 @pytest.mark.parametrize("end", ["done", "signal", "SyncError", "another rank has left"])
 def test_whatever_ends_a_run_shuts_the_engine_down_once(end, tmp_path):
     """By its core's own method, and before its process ends."""
-    pytest.importorskip("vllm")
+    require_vllm()
     program = tmp_path / "program.py"
     ways = {
         "done": "pass",
@@ -530,7 +519,7 @@ def test_weights_are_counted_without_making_them():
 
 def test_an_engine_that_does_not_start_is_one_line(device, tokenizer):
     """Here because of its context; on a GPU mostly for lack of memory."""
-    pytest.importorskip("vllm")
+    require_vllm()
     with pytest.raises(
         ArgumentError, match=r"^--model \S+: vLLM does not start \(ValidationError: "
     ) as error:

@@ -8,7 +8,7 @@ from argparse import ArgumentError
 
 import pytest
 import torch
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, require_vllm
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +40,7 @@ def short(tmp, *arguments):
 
 
 def test_two_ranks_with_vllm_sync_when_they_should(torchrun, tmp):
-    pytest.importorskip("vllm")
+    require_vllm()
     out = tmp / "vllm"
     flags = "--steps 6 --sync-steps 3 --eval-every 2 --log-samples -1".split()
     done = torchrun(2, "train_dpo.py", *short(tmp, *flags, "--out", out))
