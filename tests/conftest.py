@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-# Only test_gpu.py runs on GPUs: in float32 on a CPU differences are the code's, not those of rounding, and there
-# can be more ranks than a machine has GPUs.
+# Only test_gpu.py runs on GPUs: in float32 on a CPU differences are the code's, not those of rounding, and
+# there can be more ranks than a machine has GPUs.
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).parent.parent

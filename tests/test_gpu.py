@@ -31,24 +31,27 @@ def ranks(request):
     return request.param
 
 
+def run(ranks, script, directory, *flags):
+    """The lines of metrics.jsonl of a run."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [ROOT / script, "--out", directory, *flags]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_sleeping_frees_memory(ranks, tmp_path):
+    held = {}
+    for flag in ("--sleep", "--no-sleep"):
+        lines = run(ranks, "train_dpo.py", tmp_path / flag, "--steps", "3", "--eval-every", "0", flag)
+        held[flag] = lines[-1]["memory/held_gib"]
+    assert held["--sleep"] < held["--no-sleep"] - 1
+
+
 @pytest.mark.parametrize("script", ["train_dpo.py", "train_grpo.py"])
 @pytest.mark.parametrize("s", ["1", "10", "inf"])
 def test_the_toy_learns_and_every_reload_arrives(ranks, script, s, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [
-        ROOT / script,
-        "--sync-steps",
-        s,
-        "--steps",
-        "60",
-        "--eval-every",
-        "30",
-        "--out",
-        tmp_path / "run",
-    ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = run(ranks, script, tmp_path / "run", "--sync-steps", s, "--steps", "60", "--eval-every", "30")
     accuracy = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
     assert accuracy[-1] > accuracy[0] + 0.05
     gaps = [line["sampler/logp_gap_mean"] for line in lines if "sampler/logp_gap_mean" in line]
