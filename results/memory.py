@@ -1,4 +1,7 @@
-"""What a GPU holds while a Llama is trained, in GiB: python results/memory.py
+"""What a GPU holds while a Llama or Qwen2.5 is trained, in GiB.
+
+    python results/memory.py            # by what it is for
+    python results/memory.py --cards    # which models fit on which GPUs
 
 Derived from the code, not measured on a GPU; tests/test_memory.py compares it with real small models. A
 parameter takes 4 bytes (float32 master weight) + 4 (gradient) + 8 (Adam's moments) + 2 (reference, bfloat16),
@@ -89,6 +92,35 @@ def memory(
     }
 
 
+MODELS = {
+    "Qwen2.5 0.5B": Shape(896, 24, 14, 2, 4864, 151936, True),
+    "Qwen2.5 1.5B": Shape(1536, 28, 12, 2, 8960, 151936, True),
+    "Qwen2.5 3B": Shape(2048, 36, 16, 2, 11008, 151936, True),
+    "Llama 3.1 8B": Shape(),
+}
+CARDS = (24, 48, 80)  # GB, of which a driver leaves about 0.93 GiB each
+CACHE, REST = 3 * GIB, 2 * GIB  # keys and values to sample with at all; CUDA's context, graphs, fragments
+
+
+def needs(shape: Shape, ranks: int) -> tuple[float, float]:
+    """Bytes on each GPU while training, in the smallest micro-batches that DPO's default lengths allow, and
+    while sampling.
+    """
+    parts = memory(shape, ranks, 6144, checkpointing=True)
+    stays = sum(parts[name] for name in ("master weights", "Adam's moments", "reference"))
+    return sum(parts.values()) + REST, stays + 2 * shape.parameters + CACHE + REST
+
+
+def print_cards():
+    print("| model | GPUs | GiB, training | GiB, sampling | fits on GPUs of |\n|---|---|---|---|---|")
+    for name, shape in MODELS.items():
+        for ranks in (1, 8):
+            need = needs(shape, ranks)
+            fits = [str(card) for card in CARDS if max(need) <= 0.93 * card * GIB]
+            cards = f"{', '.join(fits)} GB" if fits else "none of these"
+            print(f"| {name} | {ranks} | {need[0] / GIB:.0f} | {need[1] / GIB:.0f} | {cards} |")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -98,7 +130,10 @@ def main():
         help="hidden,layers,heads,kv heads,intermediate,vocabulary")  # fmt: skip
     add("--shard-ranks", type=int, nargs="+", default=[8, 16])
     add("--micro-batch-tokens", type=int, default=16384)
+    add("--cards", action="store_true", help="which models fit on which GPUs, instead")
     args = parser.parse_args()
+    if args.cards:
+        return print_cards()
     ways = [(k, checkpointing) for checkpointing in (True, False) for k in args.shard_ranks]
     columns = [memory(args.shape, k, args.micro_batch_tokens, on) for k, on in ways]
     heads = [f"`--shard-ranks {k}{'' if on else ' --no-activation-checkpointing'}`" for k, on in ways]

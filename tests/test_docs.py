@@ -172,6 +172,7 @@ def test_tables_are_those_of_the_logs():
     assert [table.count("\n") for table in tables[:4]] == [7, 9, 7, 7] and len(tables) == 5
     assert glance + "\n\n" in README and all(table + "\n\n" in RESULTS for table in rest)
     assert shell(sys.executable, "results/memory.py") in GUIDE
+    assert shell(sys.executable, "results/memory.py", "--cards") in GUIDE
 
 
 def test_numbers_in_sentences_are_those_of_the_logs_and_the_code():

@@ -8,7 +8,7 @@ from conftest import ROOT, forward
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(ROOT / "results"))
-from memory import Shape, activations, memory
+from memory import MODELS, Shape, activations, memory
 
 TOY_SHAPE = Shape(128, 4, 4, 4, 256, 64)
 
@@ -63,3 +63,11 @@ def test_activations_are_those_that_autograd_saves(shape, checkpointing):
         model.get_decoder()(input_ids=torch.zeros(4, 96, dtype=torch.int64), use_cache=False)
     found = sum(size for size, _ in saved.values())
     assert found == pytest.approx(activations(shape, tokens, checkpointing), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),  # as the models' cards give them, in billions
+    [("Qwen2.5 0.5B", 0.494), ("Qwen2.5 1.5B", 1.543), ("Qwen2.5 3B", 3.086), ("Llama 3.1 8B", 8.030)],
+)
+def test_the_models_of_the_table_have_their_sizes(name, parameters):
+    assert MODELS[name].parameters / 1e9 == pytest.approx(parameters, rel=2e-3)
