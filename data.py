@@ -216,8 +216,9 @@ def _row(raw, check: Callable, where: str) -> Row:
         raise ValueError(fault)
     if _too_deep(raw):
         raise ValueError(f"nested more than {DEPTH} levels deep")
-    # timestamps and bytes of parquet become texts; half of a surrogate pair is no text and raises
-    raw = json.loads(json.dumps(raw, default=str, ensure_ascii=False).encode())
+    # timestamps and bytes become texts, NaN and infinity null; half of a surrogate pair is no text and raises
+    text = json.dumps(raw, default=str, ensure_ascii=False).encode()
+    raw = json.loads(text, parse_constant=lambda name: None)
     answer, uid = (None if raw[key] is None else str(raw[key]) for key in ("answer", "uid"))
     columns = {key: value for key, value in raw.items() if key not in FIELDS}
     return Row(raw["prompt"], [], raw.get("reward"), answer, uid, where, columns)
@@ -436,17 +437,18 @@ class _Numbered:
 
 def read_source(source: str, revision: str | None = None) -> tuple[list | _Numbered, str]:
     """((number, raw row) pairs, what the number counts)."""
-    if Path(source).suffix == ".json" and (rows := _json_array(source)) is not None:
+    suffix = Path(source).suffix.lower()
+    if suffix == ".json" and (rows := _json_array(source)) is not None:
         return list(enumerate(rows)), "row"
-    if Path(source).suffix in (".jsonl", ".json"):
+    if suffix in (".jsonl", ".json"):
         return list(read_jsonl(source)), "line"
-    if Path(source).suffix == ".parquet" and not Path(source).is_file():
+    if suffix == ".parquet" and not Path(source).is_file():
         raise ArgumentError(None, f"{source}: no such file")
     from datasets import load_dataset, logging  # a second to import, and only needed here
 
     logging.set_verbosity(logging.CRITICAL)  # it would print what the one line below says
     with naming(f"{source}: neither a .jsonl or .parquet file nor a dataset that loads", " ({})"):
-        if Path(source).suffix == ".parquet":
+        if suffix == ".parquet":
             dataset = load_dataset("parquet", data_files=glob.escape(source), split="train")
         else:
             name, split, config = (*source.split(":"), "", "")[:3]
@@ -457,16 +459,16 @@ def read_source(source: str, revision: str | None = None) -> tuple[list | _Numbe
 def _json_array(path: str) -> list | None:
     """What a file holds that is one JSON array; None where it is anything else, which read_jsonl names."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         return json.loads(text) if text.lstrip().startswith("[") else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
 def read_jsonl(path: str):
     """Yields (line number from 1, object); raises ArgumentError that names the line that is not JSON."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # some begin with a mark
             for number, line in enumerate(file, 1):
                 if line.strip():
                     with naming(f"{path}, line {number}: not JSON", " ({})"):

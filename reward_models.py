@@ -196,7 +196,7 @@ def read_score(reply: str, tag: str) -> float | None:
     name = tag.replace("_", "[_ ]")
     ways = [
         rf"<{tag}>\s*{NUMBER}(?:{OUT_OF_10})?\s*</{tag}>",
-        rf'\b{name}\b"?\s*(?:[:=]|is|of)\s*"?{NUMBER}(?:{OUT_OF_10}|(?!\.?[0-9]|\s*/))',
+        rf'\b{name}\b"?\s*(?:[:=]|is)\s*"?{NUMBER}(?:{OUT_OF_10}|(?!\.?[0-9]|\s*/))',
     ]
     if tag == "score":
         ways += [rf"(?<![0-9/.]){NUMBER}{OUT_OF_10}", rf"\A[^\w-]*{NUMBER}\W*\Z"]

@@ -98,6 +98,14 @@ def test_what_json_cannot_hold_becomes_text_wherever_it_is(tokenizer, tmp_path):
     assert row.columns["more"]["parts"] == [str(blob)] and row.columns["at"].startswith("2026-01-02")
 
 
+def test_marks_ends_of_lines_and_names_of_other_systems(tokenizer, tmp_path):
+    raw = json.dumps({"prompt": "1+2=", "reward": "exact", "answer": "3", "loss": float("nan")})
+    (tmp_path / "A.JSONL").write_bytes(b"\xef\xbb\xbf" + raw.encode() + b"\r\n\r\n")
+    (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf[" + raw.encode() + b"]")
+    [[one], [other]], _ = load([str(tmp_path / name) for name in ("A.JSONL", "b.json")], tokenizer)
+    assert one == other and one.columns == other.columns == {"loss": None}  # JSON has no NaN
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [(42.0, "42"), (42, "42"), (1e-05, "0.00001"), (-2.50, "-2.5"), (1e22, "1" + "0" * 22), (-0.0, "0")],

@@ -123,6 +123,7 @@ def test_pointwise_scores_and_what_is_asked():
         ("8/100", None),
         ("on 8/10/2025 it was right", None),
         ("Score: 12", None),
+        ("A score of 10 would be perfect.", None),
         ("-3", None),
         ("Score: 8/100", None),
         ("Score: 7.5.", 7.5),
