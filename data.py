@@ -216,12 +216,18 @@ def _row(raw, check: Callable, where: str) -> Row:
         raise ValueError(fault)
     if _too_deep(raw):
         raise ValueError(f"nested more than {DEPTH} levels deep")
-    # timestamps and bytes become texts, NaN and infinity null; half of a surrogate pair is no text and raises
-    text = json.dumps(raw, default=str, ensure_ascii=False).encode()
+    # timestamps and bytes become texts, NaN and infinity null; half of a surrogate pair is no text: it raises
+    text = json.dumps(raw, default=_plain, ensure_ascii=False).encode()
     raw = json.loads(text, parse_constant=lambda name: None)
     answer, uid = (None if raw[key] is None else str(raw[key]) for key in ("answer", "uid"))
     columns = {key: value for key, value in raw.items() if key not in FIELDS}
     return Row(raw["prompt"], [], raw.get("reward"), answer, uid, where, columns)
+
+
+def _plain(value) -> str:
+    """A value that JSON does not know, as a text that is the same in each process."""
+    known = (datetime.date, datetime.time, datetime.timedelta, bytes, Decimal)
+    return str(value) if isinstance(value, known) else f"<{type(value).__name__}>"
 
 
 def _too_deep(value, levels: int = DEPTH) -> bool:

@@ -79,11 +79,14 @@ def _load_on_rank_0(model: str, vocab: int, trust: bool, check: bool) -> nn.Modu
             lm = _load_whole(model, vocab, trust, check)
         except ArgumentError as error:
             fault = str(error)
-    fault, dtype = gather([(fault, lm and lm.config.dtype)])[0]
+    tied = lm and lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
+    fault, dtype, tied = gather([(fault, lm and lm.config.dtype, tied)])[0]
     if fault:
         raise ArgumentError(None, fault)
     if lm is None:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+        # a model may say that its matrices are tied and have two: then they are not
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
         lm.config.dtype = dtype

@@ -55,7 +55,10 @@ class RewardModel:
             raise fail("its tokenizer has no CLS token, which Athene's value head reads")
         self.clock = datetime.date.fromisoformat(date).strftime
         self.rows = model.get_input_embeddings().num_embeddings
-        probe = self.encode([{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}])
+        try:
+            probe = self.encode([{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}])
+        except Exception as error:  # templates raise what they like
+            raise fail(f"its chat template refuses a question and an answer ({first_line(error)})") from error
         back = self.tokenizer.decode(probe)
         if "1+1=" not in back.replace(" ", ""):
             reason = f"its tokenizer does not keep its text ('1+1=' comes back as {back[:40]!r})"
@@ -183,6 +186,8 @@ where N and M are from 0 (worthless) to 10 (could not be better).
 
 NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?)"
 OUT_OF_10 = r"\s*/\s*10(?![0-9/]|\.[0-9])"
+# what makes of a number one of a range, of another scale, or another number
+OTHER_SCALE = r"[.,]?[0-9]|e[-+0-9]|\s*(?:/|%|-\s*[0-9]|(?:out|of|to|or|points?)\b)"
 
 
 def read_score(reply: str, tag: str) -> float | None:
@@ -196,10 +201,10 @@ def read_score(reply: str, tag: str) -> float | None:
     name = tag.replace("_", "[_ ]")
     ways = [
         rf"<{tag}>\s*{NUMBER}(?:{OUT_OF_10})?\s*</{tag}>",
-        rf'\b{name}\b"?\s*(?:[:=]|is)\s*"?{NUMBER}(?:{OUT_OF_10}|(?!\.?[0-9]|\s*/))',
+        rf'\b{name}\b"?\s*[:=]\s*"?{NUMBER}(?:{OUT_OF_10}|\s+out of 10\b|(?!{OTHER_SCALE}))',
     ]
     if tag == "score":
-        ways += [rf"(?<![0-9/.]){NUMBER}{OUT_OF_10}", rf"\A[^\w-]*{NUMBER}\W*\Z"]
+        ways += [rf"(?<![0-9/.]){NUMBER}{OUT_OF_10}", rf"""\A[\s"'.]*{NUMBER}[\s"'.!]*\Z"""]
     for way in ways:
         found = [float(number) for number in re.findall(way, reply, re.IGNORECASE)]
         if found:
@@ -243,9 +248,13 @@ class Judge:
         self.fault = None  # the kind of the last failure, without its text: that may quote the key
         self.talks, self.told = talks, 0  # whether failures are said, and how many have been
         # what not every server takes; one that is refused by name is left out from then on
+        self.probing = True
         self.settings = {"seed": 0, "temperature": 0.0 if self.votes == 1 else 1.0, "max_tokens": 2048}
         probe = (PAIRWISE if self.pairwise else POINTWISE).format(prompt="1+1=", a="2", b="3")
         reply = self.ask((probe, 0))
+        self.probing = (
+            False  # later a setting is named for other reasons, such as a question that is too long
+        )
         reason = None
         if reply is None:
             reason = f"{args.judge_model} does not answer ({self.fault})"
@@ -286,7 +295,7 @@ class Judge:
                 )
                 break
             except Exception as error:
-                refused = getattr(error, "status_code", 0) in (400, 422)
+                refused = self.probing and getattr(error, "status_code", 0) in (400, 422)
                 named = [name for name in settings if refused and name in str(error)]
                 if not named:
                     raise

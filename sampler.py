@@ -1,4 +1,4 @@
-"""The model that samples: vLLM in this process, its weights replaced in place, and the test that they were.
+"""The model that samples: vLLM in this process, its weights replaced in place (sampler_check.py tests that).
 
 One engine per rank, on the rank's own device. Every vLLM call of the project is in this file: `LLM`,
 `generate`, `collective_rpc("reload_weights")`, `apply_model`, `reset_prefix_cache`, `sleep`, `wake_up` and
@@ -85,8 +85,11 @@ class VLLMSampler(Sampler):
         gc.freeze()  # what is loaded by now stays: the collections that vLLM asks for need not go through it
         before = 0
         if device.type == "cuda":
+            torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info()
-            if fault := memory_fault(weight_bytes(config), total - free, total, gpu_memory):
+            # quantized weights, which an evaluation may sample with, are smaller than their shapes say
+            weights = 0 if getattr(config, "quantization_config", None) else weight_bytes(config, trust)
+            if fault := memory_fault(weights, total - free, total, gpu_memory):
                 raise ArgumentError(None, f"--model {model}: {fault}")
             before = torch.cuda.memory_allocated()
         try:

@@ -114,6 +114,8 @@ def _experts(whole: str, tensor, entries: dict):
     w2. vLLM joins gate and up by rows.
     """
     stem = whole[: whole.index(".experts.") + len(".experts.")]
+    if not any(f"{stem}0.{first}.weight" in entries for first in ("gate_proj", "w1")):
+        return  # files that have the experts joined, in ways of their own: the log-probs have to tell
     llama = f"{stem}0.gate_proj.weight" in entries
     gate, up, down = ("gate_proj", "up_proj", "down_proj") if llama else ("w1", "w3", "w2")
     for expert, held in enumerate(tensor):
@@ -142,10 +144,10 @@ def memory_fault(weights: int, held: int, total: int, share: float) -> str | Non
     return None
 
 
-def weight_bytes(config) -> int:
+def weight_bytes(config, trust: bool) -> int:
     """Of a whole model in bfloat16."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     return 2 * sum(p.numel() for p in model.parameters())

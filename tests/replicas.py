@@ -4,8 +4,10 @@ Rank 0 alone reads a model, also one with tied matrices and buffers; each rank t
 model does. Gradients are added up over replicas once a step.
 """
 
+import json
 import tempfile
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -67,6 +69,13 @@ def main(directory: str):
         with mock.patch("loading._load_whole", wraps=loading._load_whole) as read:
             check_forward(directory, device, mesh)
         assert read.call_count == (rank == 0)
+    if rank == 0:  # a config that says tied, beside files with two matrices, which then are not
+        config = Qwen2Config(**SHAPE, tie_word_embeddings=False)
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+        said = json.loads((Path(directory) / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (Path(directory) / "config.json").write_text(json.dumps(said))
+    dist.barrier()
+    check_forward(directory, device, mesh)
     policy = load_policy(str(TOY), device, 64, 1.0, mesh=mesh)
     once, calls = gradients(policy, every_time=False)
     always, more = gradients(policy, every_time=True)
