@@ -463,12 +463,21 @@ def read_source(source: str, revision: str | None = None) -> tuple[list | _Numbe
 
 
 def _json_array(path: str) -> list | None:
-    """What a file holds that is one JSON array; None where it is anything else, which read_jsonl names."""
+    """What a file holds that is one JSON array; None where it is anything else, which read_jsonl names.
+    Raises ArgumentError for an array with a mistake in it.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        return json.loads(text) if text.lstrip().startswith("[") else None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, UnicodeDecodeError):
         return None
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        return json.loads(text)
+    except Exception as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        with naming(f"{path}{line}: not JSON", " ({})"):
+            raise
 
 
 def read_jsonl(path: str):

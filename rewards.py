@@ -162,29 +162,35 @@ def same_size(gold, candidate) -> bool:
     """False where two expressions that Math-Verify takes for equal are different tiny numbers, or hold such:
     it looks at 6 decimals of a number and at 15 of a difference, which makes 2^-99 and -2^-98 the same.
     """
-    golds, candidates = (sorted(numbers_in(x), key=lambda z: (z.real, z.imag)) for x in (gold, candidate))
+    golds, candidates = (sorted(numbers_in(x)) for x in (gold, candidate))
     if len(golds) != len(candidates):
         return True
-    largest = [max(abs(a), abs(b)) for a, b in zip(golds, candidates, strict=True)]
-    gaps = [abs(a - b) for a, b in zip(golds, candidates, strict=True)]
-    return all(size >= 1e-4 or gap <= 1e-5 * size for size, gap in zip(largest, gaps, strict=True))
+    for (a, ai), (b, bi) in zip(golds, candidates, strict=True):
+        size = max(abs(part) for part in (a, ai, b, bi))
+        if size < 1e-4 and max(abs(a - b), abs(ai - bi)) > 1e-5 * size:
+            return False
+    return True
 
 
-def numbers_in(expression) -> list[complex]:
-    """The value of a sympy expression, with fixed values for its unknowns; of the members of a set, a tuple,
-    an interval, a matrix or an equation; none of what has no value.
+def numbers_in(expression) -> list[tuple]:
+    """The value of a sympy expression, with fixed values for its unknowns, as (real, imaginary) numbers of
+    sympy, which are never too small; of the members of a set, a tuple, an interval or a matrix, and of what
+    an equation says of an unknown; none of what has no value.
     """
     import sympy
 
     if isinstance(expression, sympy.Set | sympy.Tuple | sympy.core.relational.Relational):
-        return [value for part in expression.args for value in numbers_in(part)]
+        parts = [part for part in expression.args if not isinstance(part, sympy.Symbol)]
+        return [value for part in parts for value in numbers_in(part)]
     if isinstance(expression, sympy.MatrixBase):
         return [value for part in expression.flat() for value in numbers_in(part)]
     unknowns = sorted(getattr(expression, "free_symbols", ()), key=str)
     try:
         value = expression.doit().evalf(15, subs={x: 0.7 + 0.3 * k for k, x in enumerate(unknowns)})
         # a precision of 1 is sympy's sign that all digits have cancelled
-        return [complex(*(0 if getattr(part, "_prec", 15) == 1 else part for part in value.as_real_imag()))]
+        parts = (0 if getattr(x, "_prec", 15) == 1 else x for x in value.as_real_imag())
+        real, imaginary = (sympy.Float(part) for part in parts)
+        return [(real, imaginary)]
     except (AttributeError, TypeError, ValueError, OverflowError):  # a text, infinity, true or false
         return []
 

@@ -66,6 +66,7 @@ FILES = {
     "deep.jsonl": lines(GOOD, '{"prompt": "1", "more": ' + "[" * 100_000 + "]" * 100_000 + "}"),
     "nested.jsonl": lines(without(note=functools.reduce(lambda inner, _: [inner], range(300), []))),
     "array.json": json.dumps([GOOD, GOOD | {"reward": "numina"}], indent=1),
+    "arraycomma.json": json.dumps([GOOD, GOOD], indent=1).replace('"3"', '"3",', 1),
     "deeparray.json": '[{"prompt": "1", "more": ' + "[" * 100_000 + "]" * 100_000 + "}]",
     "nullcontent.jsonl": lines(without(prompt=[{"role": "user", "content": None}])),
     "image.jsonl": lines(
@@ -176,7 +177,8 @@ CASES = [
     ("--data {tmp}/digits.jsonl", "{tmp}/digits.jsonl, line 2: not JSON (Exceeds the limit (4300 digits)"),
     ("--data {tmp}/deep.jsonl", "{tmp}/deep.jsonl, line 2: not JSON (RecursionError: maximum recursion"),
     ("--data {tmp}/nested.jsonl", "{tmp}/nested.jsonl, line 1: nested more than 100 levels deep"),
-    ("--data {tmp}/deeparray.json", "{tmp}/deeparray.json, line 1: not JSON (RecursionError: maximum"),
+    ("--data {tmp}/arraycomma.json", "{tmp}/arraycomma.json, line 6: not JSON ("),
+    ("--data {tmp}/deeparray.json", "{tmp}/deeparray.json: not JSON (RecursionError: maximum"),
     ("--data {tmp}/array.json", "{tmp}/array.json, row 1: unknown reward 'numina'"),
     (
         "--data {tmp}/times.parquet",
