@@ -9,7 +9,6 @@ and whatever else its owner keeps: verifiers see these columns. A rollout is a r
 """
 
 import argparse
-import contextlib
 import datetime
 import functools
 import glob
@@ -29,6 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from processes import naming
 from rewards import row_fault
 
 FIELDS = ("prompt", "reward", "answer", "uid")  # of a row; its other columns are its owner's
@@ -187,17 +187,6 @@ def _load(source, tokenizer, vocab, check, max_tokens, date, talks) -> tuple[lis
         shortest = f"the shortest has {min(map(len, ids))}"
         raise ArgumentError(None, f"{source}: no prompt fits --max-prompt-tokens {max_tokens}; {shortest}")
     return short, len(rows) - len(short)
-
-
-@contextlib.contextmanager
-def naming(where: str, form: str = ": {}"):
-    """Whatever is raised inside becomes an ArgumentError of one line: `where`, and the reason in `form`."""
-    try:
-        yield
-    except Exception as error:  # rows, templates and readers of files raise what they like
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        reason = kind + str(getattr(error, "msg", error)).strip().split("\n")[0][:300]
-        raise ArgumentError(None, where + form.format(reason)) from error
 
 
 def _row(raw, check: Callable, where: str) -> Row:
@@ -472,12 +461,11 @@ def _json_array(path: str) -> list | None:
         return None
     if not text.lstrip().startswith("["):
         return None
-    try:
-        return json.loads(text)
-    except Exception as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        with naming(f"{path}{line}: not JSON", " ({})"):
-            raise
+    with naming(f"{path}: not one JSON array", " ({})"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {error.lineno}: {error.msg}") from error
 
 
 def read_jsonl(path: str):

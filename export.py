@@ -4,7 +4,6 @@ import json
 import shlex
 import shutil
 import tempfile
-from argparse import ArgumentError
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 from transformers.utils import cached_file
 
-from processes import first_line
+from processes import first_line, naming
 
 
 def rehearse_export(policy, tokenizer, model: str):
@@ -22,14 +21,10 @@ def rehearse_export(policy, tokenizer, model: str):
     ArgumentError, naming `model`, for one that transformers loads and would not save again.
     """
     if dist.get_rank() == 0:
-        with tempfile.TemporaryDirectory() as directory:
-            transformers.logging.disable_progress_bar()  # of shards that are not written
-            try:
-                _write(policy, tokenizer, Path(directory), {})
-            except Exception as error:  # what transformers does not like of a config
-                raise ArgumentError(
-                    None, f"--model {model}: cannot be saved ({first_line(error)})"
-                ) from error
+        transformers.logging.disable_progress_bar()  # of shards that are not written
+        with tempfile.TemporaryDirectory() as directory, naming(f"--model {model}: cannot be saved", " ({})"):
+            _write(policy, tokenizer, Path(directory), {})
+        transformers.logging.enable_progress_bar()
 
 
 def export(policy, tokenizer, directory: Path):
@@ -59,15 +54,14 @@ def export(policy, tokenizer, directory: Path):
 def _write(policy, tokenizer, directory: Path, state: dict):
     """The original's generation_config.json is copied as it is: some cannot be saved by what loaded them."""
     lm = policy.lm
-    dtype, original = (
-        lm.config.dtype,
-        cached_file(lm.name_or_path, "generation_config.json", _raise_exceptions_for_missing_entries=False),
-    )
+    dtype = lm.config.dtype
+    name = "generation_config.json"
+    original = cached_file(lm.name_or_path, name, _raise_exceptions_for_missing_entries=False)
     if original:
         lm.generation_config = GenerationConfig()
     lm.save_pretrained(directory, state_dict=state)
     if original:
-        shutil.copy(original, directory / "generation_config.json")
+        shutil.copy(original, directory / name)
     lm.config.dtype = dtype  # save_pretrained has noted the master weights' float32
     lm.config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

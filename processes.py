@@ -1,5 +1,6 @@
 """The ranks of a run, one per GPU, which torchrun starts, or a single one: how they start, agree and end."""
 
+import contextlib
 import itertools
 import os
 import sys
@@ -141,8 +142,22 @@ def error_line(error: BaseException) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     return str(error).strip().split("\n")[0][:200]
+
+
+@contextlib.contextmanager
+def naming(where: str, form: str = ": {}"):
+    """Whatever is raised inside, by a library for one, becomes an ArgumentError of one line: `where`, and the
+    reason in `form`.
+    """
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ArgumentError(
+            None, where + form.format(kind + first_line(getattr(error, "msg", error)))
+        ) from error
 
 
 def complain(text: str):

@@ -12,7 +12,7 @@ import re
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 
-from processes import complain, first_line
+from processes import complain, first_line, naming
 
 REPLIES = 20_000  # of a judge that are kept
 TOLD = 3  # failed judgements of a run whose reasons are printed
@@ -45,8 +45,7 @@ class RewardModel:
             load = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
             model, info = kind.from_pretrained(name, **load)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            raise fail(f"cannot be loaded ({reason})") from error
+            raise fail(f"cannot be loaded ({first_line(error)})") from error
         if info["missing_keys"]:  # transformers would go on with a random head
             raise fail(f"no reward model, it lacks {sorted(info['missing_keys'])[0]}")
         if not self.tokenizer.chat_template:
@@ -55,10 +54,8 @@ class RewardModel:
             raise fail("its tokenizer has no CLS token, which Athene's value head reads")
         self.clock = datetime.date.fromisoformat(date).strftime
         self.rows = model.get_input_embeddings().num_embeddings
-        try:
+        with naming(f"--reward-model {name}: its chat template refuses a question and an answer", " ({})"):
             probe = self.encode([{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}])
-        except Exception as error:  # templates raise what they like
-            raise fail(f"its chat template refuses a question and an answer ({first_line(error)})") from error
         back = self.tokenizer.decode(probe)
         if "1+1=" not in back.replace(" ", ""):
             reason = f"its tokenizer does not keep its text ('1+1=' comes back as {back[:40]!r})"
@@ -72,11 +69,8 @@ class RewardModel:
         with a system message.
         """
         for row in rows:
-            try:
+            with naming(f"{row.where}: the reward model's chat template refuses it", " ({})"):
                 self.render([*row.messages, {"role": "assistant", "content": "A completion."}])
-            except Exception as error:  # templates raise what they like
-                reason = f"the reward model's chat template refuses it ({first_line(error)})"
-                raise argparse.ArgumentError(None, f"{row.where}: {reason}") from error
 
     def render(self, conversation: list[dict]) -> str:
         return self.tokenizer.apply_chat_template(conversation, tokenize=False, strftime_now=self.clock)
@@ -305,9 +299,8 @@ class Judge:
         content = reply.choices[0].message.content or ""
         if isinstance(content, str):
             return content
-        return "".join(
-            part if isinstance(part, str) else part.get("text") or "" for part in content
-        )  # chunks
+        parts = (part if isinstance(part, str) else part.get("text") for part in content)
+        return "".join(part or "" for part in parts)
 
     def score(self, groups: list) -> list[float | None]:
         """The reward of every completion of (row, completions) groups."""

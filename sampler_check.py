@@ -13,6 +13,7 @@ GAP_LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 2.0)}
 # Of the self-test: completions, and the first tokens of each (reading the prompt yields only the first one)
 TEST_COMPLETIONS, TEST_TOKENS = 8, 4
 TEST_BATCH = 2**14  # padded tokens of one forward
+EXPERTS = [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")]  # how files name an expert's matrices
 ENTRIES = 4096  # entries of each tensor that are read back from the engine after a reload
 
 
@@ -110,14 +111,13 @@ def _rows(whole: str, tensor, module: str, joined: list[str], entries: dict):
 
 
 def _experts(whole: str, tensor, entries: dict):
-    """(name, matrix) of each expert, as the two namings of models' files have them: gate, up, down or w1, w3,
-    w2. vLLM joins gate and up by rows.
-    """
+    """(name, matrix) of each expert, as models' files name them. vLLM joins gate and up by rows."""
     stem = whole[: whole.index(".experts.") + len(".experts.")]
-    if not any(f"{stem}0.{first}.weight" in entries for first in ("gate_proj", "w1")):
-        return  # files that have the experts joined, in ways of their own: the log-probs have to tell
-    llama = f"{stem}0.gate_proj.weight" in entries
-    gate, up, down = ("gate_proj", "up_proj", "down_proj") if llama else ("w1", "w3", "w2")
+    sent = [name for name in entries if name.startswith(stem)]
+    found = [names for names in EXPERTS if any(name.endswith(f".{names[0]}.weight") for name in sent)]
+    if not found:  # the model's files have its experts joined: the log-probs have to tell
+        return
+    gate, up, down = found[0]
     for expert, held in enumerate(tensor):
         if whole.endswith(".w2_weight"):
             yield f"{stem}{expert}.{down}.weight", held

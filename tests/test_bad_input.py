@@ -177,8 +177,11 @@ CASES = [
     ("--data {tmp}/digits.jsonl", "{tmp}/digits.jsonl, line 2: not JSON (Exceeds the limit (4300 digits)"),
     ("--data {tmp}/deep.jsonl", "{tmp}/deep.jsonl, line 2: not JSON (RecursionError: maximum recursion"),
     ("--data {tmp}/nested.jsonl", "{tmp}/nested.jsonl, line 1: nested more than 100 levels deep"),
-    ("--data {tmp}/arraycomma.json", "{tmp}/arraycomma.json, line 6: not JSON ("),
-    ("--data {tmp}/deeparray.json", "{tmp}/deeparray.json: not JSON (RecursionError: maximum"),
+    (
+        "--data {tmp}/arraycomma.json",
+        "{tmp}/arraycomma.json: not one JSON array (line 6: ",
+    ),
+    ("--data {tmp}/deeparray.json", "{tmp}/deeparray.json: not one JSON array (RecursionError: maximum"),
     ("--data {tmp}/array.json", "{tmp}/array.json, row 1: unknown reward 'numina'"),
     (
         "--data {tmp}/times.parquet",
