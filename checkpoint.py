@@ -45,7 +45,7 @@ from window import window_fault
 MAY_DIFFER = (
     "out resume steps save_every keep eval_every log_samples wandb tensorboard data eval_data rollouts"
     " gpu_memory sleep packing micro_batch_tokens shard_ranks activation_checkpointing trust_remote_code"
-    " reward_timeout reward_workers reward_offload judge_url judge_timeout judge_concurrency"
+    " preflight reward_timeout reward_workers reward_offload judge_url judge_timeout judge_concurrency"
     " max_failed max_skipped"
 ).split()
 
@@ -106,7 +106,7 @@ class Checkpoints:
         try:
             self.window.save(progress.step)
             on_rank_0(lambda: _prepare(partial))
-            tensors = self._tensors(self.window.state(), progress.step)
+            tensors = self.tensors(self.window.state(), progress.step)
             parts = everywhere(lambda: write_tensors(partial, tensors))
             generators = everywhere(_generators)
             on_rank_0(lambda: self._finish(partial, progress, parts, generators))
@@ -150,7 +150,7 @@ class Checkpoints:
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": updates, **moments}
         try:
-            read_tensors(directory, self._tensors(state["window"], progress.step))
+            read_tensors(directory, self.tensors(state["window"], progress.step))
         except (ValueError, dcp.CheckpointException) as error:
             # its files are whole, so it is of another model
             reason = f"not of this --model ({error_line(error)})"
@@ -170,8 +170,8 @@ class Checkpoints:
                 torch.cuda.set_rng_state(torch.tensor(cuda, dtype=torch.uint8))
         return progress
 
-    def _tensors(self, window: dict, step: int) -> dict[str, torch.Tensor]:
-        """Name -> tensor of all that is saved, sharded as the policy is; loading writes into them, in place.
+    def tensors(self, window: dict, step: int) -> dict[str, torch.Tensor]:
+        """Name -> tensor of all that is saved at `step`, sharded as the policy is; loading writes into these.
 
         window: its state. The reference that follows is the policy of its first step; that of step 0 is the
         model.

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data import Completion
-from processes import first_line
+from processes import naming
 from sampler_check import SyncError, difference, memory_fault, note_entries, weight_bytes
 
 CPU_BLOCK = 32  # tokens of keys and values that vLLM keeps together, the least that its CPU kernel takes
@@ -92,7 +92,8 @@ class VLLMSampler(Sampler):
             if fault := memory_fault(weights, total - free, total, gpu_memory):
                 raise ArgumentError(None, f"--model {model}: {fault}")
             before = torch.cuda.memory_allocated()
-        try:
+        # too little memory, an architecture or a kernel that it lacks
+        with naming(f"--model {model}: vLLM does not start", " ({}); --sampler hf may do"):
             self.llm = LLM(
                 model,
                 dtype=dtype,
@@ -112,18 +113,19 @@ class VLLMSampler(Sampler):
                 # one engine per rank inside torchrun's processes
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
             )
-        except Exception as error:  # too little memory, an architecture or a kernel that it lacks
-            reason = f"vLLM does not start ({type(error).__name__}: {first_line(error)})"
-            raise ArgumentError(None, f"--model {model}: {reason}; --sampler hf may") from error
         self.pool = torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
         atexit.register(self.close)  # whatever ends the process
 
     @property
+    def sequences(self) -> float:
+        """How many of full length vLLM can work on at one time: more have to wait, or are computed again."""
+        return self.llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
+
+    @property
     def capacity(self) -> str:
-        """How much vLLM can work on at one time: more has to wait, or is computed again."""
-        cache = self.llm.llm_engine.vllm_config.cache_config
-        sequences = f"{cache.kv_cache_max_concurrency:,.0f} sequences of full length at one time"
-        return f"keys and values of {cache.kv_cache_size_tokens:,} tokens, {sequences} on each rank"
+        tokens = self.llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+        sequences = f"{self.sequences:,.0f} sequences of full length at one time"
+        return f"keys and values of {tokens:,} tokens, {sequences} on each rank"
 
     def generate(
         self,

@@ -18,11 +18,14 @@ BATCH = (256, 2**17)  # most sequences, and most tokens of keys and values, in o
 class HFSampler(Sampler):
     """The interface of `VLLMSampler`, and its arguments; the engine's others mean nothing here."""
 
-    def __init__(self, model: str, *, tokenizer, vocab, stop_ids, device, dtype, trust: bool, **_):
+    def __init__(
+        self, model: str, *, tokenizer, vocab, stop_ids, device, dtype, max_length: int, trust: bool, **_
+    ):  # fmt: skip
         self.lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust)
         self.lm.to(device).requires_grad_(False)
         self.tokenizer, self.vocab, self.stop_ids = tokenizer, vocab, stop_ids
         self.dtype, self.version = dtype, 0
+        self.sequences = min(BATCH[0], BATCH[1] / max_length)
         self.capacity = f"{BATCH[0]} sequences, or {BATCH[1]:,} tokens, at one time on each rank"
 
     def generate(self, prompts, n, max_new_tokens, temperature, seed, top_p=1.0) -> list[list[Completion]]:

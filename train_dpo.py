@@ -41,6 +41,7 @@ from loading import load_policy, load_reference
 from metrics import Sums
 from packing import Example, micro_batches
 from policy import clip_gradients
+from preflight import preflight
 from rewards import Scorer, add_reward_flags
 from run import BY_SIGNAL, Interrupt, Run
 from sampler import load_sampler, require_sampler
@@ -65,6 +66,7 @@ def add_flags(add):
     add("--eval-data", nargs="+", default=[], help="rows for validation; none: no validation")
     add("--date", type=day, help="what a chat template with a clock writes (default: today)")
     add("--out", type=Path, help="run directory (default: runs/dpo-s<sync-steps>-<time>)")
+    add("--preflight", action="store_true", help="try everything once, say what the run will take, end")
     # how long, and the dial
     add("--steps", type=count, default=300, help="optimizer steps; paper: 1500 chat, maths not stated")
     add("--sync-steps", type=steps_or_inf, default=1,
@@ -254,6 +256,11 @@ def main(argv=None):
     checkpoints = Checkpoints(
         run, prompts, window=window, policy=policy, reference=reference, optimizer=optimizer
     )
+    if args.preflight:
+        return preflight(
+            args, make_examples, prompts=prompts, policy=policy, reference=reference, optimizer=optimizer,
+            scorer=scorer, sampler=sampler, window=window, checkpoints=checkpoints,
+        )  # fmt: skip
     progress = checkpoints.load(checkpoint) if checkpoint else Progress()
 
     # 5 the loop

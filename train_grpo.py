@@ -44,6 +44,7 @@ from loading import load_policy, load_reference
 from metrics import Sums
 from packing import Example, micro_batches
 from policy import clip_gradients
+from preflight import preflight
 from rewards import Scorer, add_reward_flags
 from run import BY_SIGNAL, Interrupt, Run
 from sampler import load_sampler, require_sampler
@@ -68,6 +69,7 @@ def add_flags(add):
     add("--eval-data", nargs="+", default=[], help="rows for validation; none: no validation")
     add("--date", type=day, help="what a chat template with a clock writes (default: today)")
     add("--out", type=Path, help="run directory (default: runs/grpo-s<sync-steps>-<time>)")
+    add("--preflight", action="store_true", help="try everything once, say what the run will take, end")
     # how long, and the dial
     add("--steps", type=count, default=300, help="optimizer steps; paper: 1500 chat, maths not stated")
     add("--sync-steps", type=steps_or_inf, default=1,
@@ -147,6 +149,14 @@ def advantages(rewards: list, std_norm: bool) -> list:
     spread = math.sqrt(sum((reward - mean) ** 2 for reward in known) / (len(known) - 1))
     scale = spread + 1e-6 if std_norm else 1.0
     return [None if reward is None else (reward - mean) / scale for reward in rewards]
+
+
+def make_examples(groups: list, _step: int, args) -> list[Example]:
+    """This rank's prompts with their completions and advantages."""
+    return [
+        Example(row, group, advantages=advantages([c.reward for c in group], args.std_norm))
+        for row, group in groups
+    ]
 
 
 def policy_loss(logps_BT, sampler_BT, adv_B, stale: bool, clip_low: float, clip_high: float, is_cap: float):
@@ -235,6 +245,11 @@ def main(argv=None):
     checkpoints = Checkpoints(
         run, prompts, window=window, policy=policy, reference=reference, optimizer=optimizer
     )
+    if args.preflight:
+        return preflight(
+            args, make_examples, prompts=prompts, policy=policy, reference=reference, optimizer=optimizer,
+            scorer=scorer, sampler=sampler, window=window, checkpoints=checkpoints,
+        )  # fmt: skip
     progress = checkpoints.load(checkpoint) if checkpoint else Progress()
 
     # 5 the loop
@@ -274,10 +289,7 @@ def main(argv=None):
         sums.lap("score")
 
         # ---- update
-        examples = [
-            Example(row, group, advantages=advantages([c.reward for c in group], args.std_norm))
-            for row, group in groups
-        ]
+        examples = make_examples(groups, step, args)
         # the denominators of the loss, which the backward needs before the other sums are known
         completions, sampled = processes.over_ranks(sums["completions"], sums["length"])
         for batch in micro_batches(examples, policy, args.micro_batch_tokens):  # as many on every rank

@@ -92,6 +92,19 @@ def memory(
     }
 
 
+# what does not go with a parameter that is trained
+NOT_FOR_PARAMETERS = ("gathered weights", "whole gradients", "attention mask", "activations", "logits")
+
+
+def shape_of(config) -> Shape | None:
+    """Of a model with a config like Llama's; None for others."""
+    names = (
+        "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size"
+    )
+    sizes = [getattr(config, name, None) for name in names.split()]
+    return Shape(*sizes, tied=config.tie_word_embeddings) if all(sizes) else None
+
+
 MODELS = {
     "Qwen2.5 0.5B": Shape(896, 24, 14, 2, 4864, 151936, True),
     "Qwen2.5 1.5B": Shape(1536, 28, 12, 2, 8960, 151936, True),
