@@ -65,8 +65,8 @@ class Found:
 def preflight(args, make_examples, *, scorer, sampler, **parts):
     """Prints the screen and closes what was opened; collective.
 
-    make_examples: the script's, (groups, step, args) -> examples. Raises ArgumentError, with the flag that
-    helps, where the memory is not enough.
+    make_examples: the script's, (groups, step, args) -> examples; parts: what `measure` takes. Where the
+    memory is not enough, it ends with exit code 2 and a line that names the flag that helps.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # not without tidying up
     found = measure(args, make_examples, scorer=scorer, sampler=sampler, **parts)
@@ -80,6 +80,7 @@ def preflight(args, make_examples, *, scorer, sampler, **parts):
 def measure(
     args, make_examples, *, prompts, policy, reference, optimizer, scorer, sampler, window, checkpoints
 ) -> Found:
+    """Does what is said above, in that order; collective."""
     rank, world, device = dist.get_rank(), dist.get_world_size(), policy.device
     sums = Sums(prompts.kinds)
     bar = tqdm(total=6, desc="preflight", disable=rank > 0, leave=False)
@@ -90,9 +91,8 @@ def measure(
         bar.update()
 
     def update(groups: list) -> int:
-        """Returns the tokens that were read. Gradients stay, to be counted."""
+        """Returns the tokens that were read. Its gradients stay, to be counted."""
         tokens = 0
-        optimizer.zero_grad()
         for batch in micro_batches(make_examples(groups, 0, args), policy, args.micro_batch_tokens):
             logps_BT, _ = policy(batch)
             ref_BT = reference(batch, logps_BT, step=1)  # at step 0 it would not run
@@ -111,6 +111,7 @@ def measure(
         update(longest)
     tensors = tensor_bytes(policy, reference, optimizer)
     most, in_update = most_held(sampler.pool), in_use()
+    optimizer.zero_grad()  # as in a run, they are not there while it samples
     lap("largest update")
 
     inside = 1 < args.sync_steps < args.steps  # of a window: then the reference is saved too

@@ -88,7 +88,7 @@ fi
 
 if [[ $parts == *[de]* ]]; then
   step large python results/gpu.py model $OUT/large $LARGE $TOKENS
-  run="python -m results.gpu grpo $LENGTHS $SPEED --sync-steps 3 --save-every 3"
+  run="python -m results.gpu grpo $LENGTHS $SPEED --sync-steps 2 --save-every 3"
 fi
 if [[ $parts == *d* ]]; then
   for size in small large; do

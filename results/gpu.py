@@ -151,7 +151,7 @@ def toy(out: Path) -> list[str]:
         most = lambda name, lines=lines: max((line[name] for line in lines if name in line), default=0)  # noqa: E731
         accuracy = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
         cells = [f"{x:.3f}" for x in (accuracy[0], accuracy[-1])] if accuracy else ["-", "-"]
-        cells += [f"{most('sync/age'):.0f}", f"{most('sampler/logp_gap_max'):.4f}"]
+        cells += [f"{most('sync/age'):.0f}", f"{most('sampler/logp_gap_max'):.2g}"]
         found.append(f"| {run.parent.name} | {' | '.join(cells)} | {most('memory/held_gib'):.1f} |")
     return [*found, ""] if len(found) > 4 else []
 
@@ -167,7 +167,7 @@ def reloads(out: Path) -> list[str]:
         lines = [line for line in lines_of(run.parent) if "sampler/logp_gap_mean" in line]
         mean = statistics.fmean(line["sampler/logp_gap_mean"] for line in lines)
         worst = max(line["sampler/logp_gap_max"] for line in lines)
-        found.append(f"| {run.parent.name} | {len(lines)} | {mean:.5f} | {worst:.5f} |")
+        found.append(f"| {run.parent.name} | {len(lines)} | {mean:.2g} | {worst:.2g} |")
     return [*found, ""] if len(found) > 4 else []
 
 
