@@ -83,7 +83,7 @@ def measure(
     """Does what is said above, in that order; collective."""
     rank, world, device = dist.get_rank(), dist.get_world_size(), policy.device
     sums = Sums(prompts.kinds)
-    bar = tqdm(total=6, desc="preflight", disable=rank > 0, leave=False)
+    bar = tqdm(total=4 if window.scored else 6, desc="preflight", disable=rank > 0, leave=False)
 
     def lap(part: str):
         over_ranks(0)  # when the slowest rank is here
@@ -133,7 +133,7 @@ def measure(
     if not window.scored:  # with --rollouts these are completions already
         groups = sample(sampler, groups, args.samples_per_prompt, args, 0)
         sums.add(sampled=sum(len(c.ids) for _, cs in groups for c in cs))
-    lap("sample")
+        lap("sample")
     while_sampling = in_use()
     sums.add(bytes=sum(len(rollout_line(row, cs, step=0).encode()) for row, cs in groups))
     if not window.scored:
@@ -141,7 +141,7 @@ def measure(
         sums.lap("self-test")
         with enough_memory("the reward model", "add --reward-offload or lower --gpu-memory"):
             scorer.score(groups)
-    lap("score")
+        lap("score")
 
     sampler.sleep()
     sums.lap("sleep")
@@ -159,7 +159,8 @@ def measure(
         unequal=1 - metrics["frac_reward_zero_std"],
         length=metrics["completions/length"], cut=metrics["completions/clipped_ratio"],
         failed=metrics["rewards/failed"] / sums["completions"],
-        sampled=sums["sampled"], trained=sums["trained"], seconds=dict(sums.seconds),
+        sampled=sums["sampled"], trained=sums["trained"],
+        seconds={"sample": 0.0, "score": 0.0} | sums.seconds,
         checkpoint=sum(size for files in written for size, _ in files.values()),
         rollouts=sums["bytes"] / sums["groups"], disk=shutil.disk_usage(parent).free,
         valid=len(prompts.valid),

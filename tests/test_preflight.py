@@ -95,7 +95,7 @@ def test_on_saved_completions(torchrun, tmp_path):
     assert len(groups) == 64
     unequal = 100 * sum(len(set(rewards)) > 1 for rewards in groups) / 64
     assert found("unequal", done.stdout) == pytest.approx(unequal, abs=0.5)
-    assert "sampling -, update" in done.stdout and "(sample 0.0" in done.stdout
+    assert "sampling -, update" in done.stdout and "(sample 0.00 s, score 0.00 s," in done.stdout
 
 
 FOUND = Found(
@@ -153,11 +153,11 @@ def test_too_little_memory_is_one_line(monkeypatch, policy, device, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nMore.")
 
     monkeypatch.setattr(policy, "forward", full)
-    parts = SimpleNamespace(kinds=[], valid=[], sleep=lambda: None)
+    parts = SimpleNamespace(kinds=[], valid=[], scored=False, sleep=lambda: None)
     with pytest.raises(SystemExit) as stopped:
         preflight.measure(
             args, train_dpo.make_examples, prompts=parts, policy=policy, reference=None,
-            optimizer=torch.optim.AdamW(policy.parameters()), scorer=None, sampler=parts, window=None,
+            optimizer=torch.optim.AdamW(policy.parameters()), scorer=None, sampler=parts, window=parts,
             checkpoints=None,
         )  # fmt: skip
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
