@@ -113,6 +113,9 @@ class VLLMSampler(Sampler):
                 # one engine per rank inside torchrun's processes
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
             )
+            # a kernel that the model's shape lacks is only missed when the engine is first asked
+            params = SamplingParams(max_tokens=1, detokenize=False)
+            self.llm.generate([{"prompt_token_ids": [0]}], params, use_tqdm=False)
         self.pool = torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
         atexit.register(self.close)  # whatever ends the process
 

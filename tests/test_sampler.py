@@ -12,7 +12,7 @@ from argparse import ArgumentError
 import pytest
 import torch
 from conftest import ROOT, TOY, engine, logps_of, require_vllm
-from transformers import AutoConfig, AutoModelForCausalLM, TopPLogitsWarper
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TopPLogitsWarper
 
 from data import Row
 from loading import load_policy
@@ -517,9 +517,16 @@ def test_weights_are_counted_without_making_them():
     assert weight_bytes(config, trust=False) > 100e9
 
 
-def test_an_engine_that_does_not_start_is_one_line(device, tokenizer):
-    """Here because of its context; on a GPU mostly for lack of memory."""
+def test_an_engine_that_does_not_start_is_one_line(device, tokenizer, tmp_path):
+    """Here because of its context, and of heads that the CPU's kernel does not know; on a GPU mostly for lack
+    of memory.
+    """
     require_vllm()
-    with pytest.raises(ArgumentError, match=r"^--model \S+: vLLM does not start \(") as error:
-        load_sampler("vllm", str(TOY), **engine(tokenizer, device, max_length=4096))
-    assert "\n" not in str(error.value)
+    narrow = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=64,
+                         intermediate_size=64, max_position_embeddings=64)  # fmt: skip
+    LlamaForCausalLM(narrow).save_pretrained(tmp_path)
+    for model, length, reason in ((TOY, 4096, ""), (tmp_path, 32, "RuntimeError: .*head_dim=16")):
+        said = rf"^--model \S+: vLLM does not start \({reason}"
+        with pytest.raises(ArgumentError, match=said) as error:
+            load_sampler("vllm", str(model), **engine(tokenizer, device, max_length=length))
+        assert "\n" not in str(error.value)
