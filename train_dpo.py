@@ -153,9 +153,8 @@ def make_examples(groups: list, step: int, args) -> list[Example]:
     """This rank's prompts with their completions and pairs; each prompt draws with a seed of its own."""
     examples = []
     for i, (row, completions) in enumerate(groups):
-        number = (
-            dist.get_rank() + i * dist.get_world_size()
-        )  # of the prompt in the step, on any number of ranks
+        # of the prompt in the step, on any number of ranks
+        number = dist.get_rank() + i * dist.get_world_size()
         rng = random.Random(f"{args.seed} pair {step} {number}")
         pairs = pick_pairs([c.reward for c in completions], rng, args.all_pairs)
         examples.append(Example(row, completions, pairs=pairs))
