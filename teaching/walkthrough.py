@@ -42,7 +42,7 @@ BOLD, DIM, RED, GREEN = 1, 2, 31, 32
 
 def paint(text: str, colour: int) -> str:
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
-    return text if plain else f"\033[{colour}m{text}\033[0m"
+    return text if plain or not colour else f"\033[{colour}m{text}\033[0m"
 
 
 def scene(text: str):
