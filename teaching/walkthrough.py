@@ -92,7 +92,7 @@ class Toy:
         )  # fmt: skip
         self.sampler = load_sampler(
             args.sampler, args.model, tokenizer=self.tokenizer, vocab=vocab, stop_ids=stop_ids, device=device,
-            dtype=dtype, trust=False,
+            dtype=dtype, max_length=length, trust=False,
         )  # fmt: skip
         self.window = Window(Path("runs"), args, prompts)  # ten steps stay in memory
         self.window.begin(0)
