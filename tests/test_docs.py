@@ -2,7 +2,9 @@
 those of the logs.
 """
 
+import ast
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -219,11 +221,135 @@ def test_the_papers_runs_have_its_settings(listed):
         assert (args.max_new_tokens, args.prompts_per_step) == ((2048, 64) if maths else (1024, 32))
         assert args.sync_steps == steps.get(name.split("-")[1], 1)
         assert args.samples_per_prompt == {"t5-4": 4, "t5-12": 12}.get(name, 8)
+        assert args.steps == (1000 if maths else 1500)  # 1500 on chat; the others are open
         if script == "train_grpo.py":
             assert (args.beta, args.sync_ref, args.std_norm) == (0.001, False, False)
         else:
             settings = (0.1, 1e-4, True) if maths else (0.01, 1e-8, False)
             assert (args.beta, args.adam_eps, args.sync_ref) == settings
+
+
+def test_the_papers_data_has_its_sizes():
+    """Rows to train on; NuminaMath's 1,980 to validate and as many to test; of chats 470 to validate."""
+    sizes = {"numinamath": None, "numinamath-100k": 100_000, "wildchat": 1000, "wildchat-50k": 50_000}
+    for name, train in sizes.items():
+        command = shell("bash", "paper/runs.sh", "--print", f"data-{name}")
+        held_out = {"valid": 470} if "wildchat" in name else {"valid": 1980, "test": 1980}
+        splits = prepare.get_args(flags_of(command, "paper/prepare.py")).splits
+        assert splits == held_out | {"train": train}
+
+
+# ---- the table of section 14: `file` `name` or `--flag` and its default; tests
+
+LINES = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in GUIDE.split("| paper | what it says |")[1].split("\n\n")[0].splitlines()[2:]
+]
+
+
+def claims(cell):
+    """(file, name, value or "") of all that a cell names. Files that stand side by side share the names
+    behind them.
+    """
+    found, files, fresh = [], [], False
+    for name, value in re.findall(r"`([^`]+)`(?: (on|off|sum|\d+(?:\.\d+)?(?:e-\d+)?)\b)?", cell):
+        if re.search(r"\.(py|sh)(::|$)", name):
+            files, fresh = [*(files if fresh else []), name], True
+        else:
+            found, fresh = found + [(file, name, value) for file in files or [""]], False
+    return found
+
+
+@functools.cache
+def names_in(file):
+    """The functions, classes, methods (Class.method) and constants of a Python file, each with its node; the
+    variables and runs of a shell script.
+    """
+    text, found = (ROOT / file).read_text(), {}
+    if file.endswith(".sh"):
+        return dict.fromkeys(re.findall(r"^([\w-]+)(?:=| \| )", text, re.M))
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign):
+            found |= {getattr(target, "id", ""): node.value for target in node.targets}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            names = [f"{node.name}.{part.name}" for part in inner if isinstance(part, ast.FunctionDef)]
+            found |= dict.fromkeys([node.name, *names], node)
+    return found
+
+
+def fault(file, name, value):
+    """What is wrong with a claim of the table, or None."""
+    if not (ROOT / file).is_file():
+        return f"{file or name}: no such file"
+    if name.startswith("--"):
+        defaults = SCRIPTS[file].get_args(["--model", "m", "--data", "d"]).defaults
+        if name[2:].replace("-", "_") not in defaults:
+            return f"{file} {name}: no such flag"
+        default = defaults[name[2:].replace("-", "_")]
+    elif name not in names_in(file):
+        return f"{file} {name}: no such name"
+    elif not value:
+        return None
+    else:
+        default = ast.literal_eval(names_in(file)[name])
+    default = {"True": "on", "False": "off"}.get(str(default), str(default))
+    same = value == default or (value[:1].isdigit() and float(value) == float(default))
+    return None if same else f"{file} {name}: {default}, not {value or 'said'}"
+
+
+def faults(here, tests):
+    """What is wrong with the last two cells of a line."""
+    found = [fault(*claim) for claim in claims(here)] if claims(here) else ["nothing is named"]
+    for test in re.findall("`([^`]+)`", tests) or ["no test"]:
+        file, _, name = test.partition("::")
+        whole = re.fullmatch(r"tests/test_\w+\.py::test_\w+", test) and (ROOT / file).is_file()
+        if not whole or name not in names_in(file):
+            found.append(f"{test}: no such test")
+    return list(filter(None, found))
+
+
+def test_what_the_table_from_paper_to_line_names_exists():
+    assert 30 < len(LINES) <= 45 and {len(line) for line in LINES} == {4}
+    assert [fault for _, _, here, tests in LINES for fault in faults(here, tests)] == []
+
+
+@pytest.mark.parametrize(
+    ("here", "tests", "said"),
+    [
+        ("`train_dpo.py` `dpo_los`", "", "train_dpo.py dpo_los: no such name"),
+        ("`policy.py` `Reference.reload`", "", "policy.py Reference.reload: no such name"),
+        ("`polices.py` `Reference`", "", "polices.py: no such file"),
+        ("`dpo_loss`", "", "dpo_loss: no such file"),
+        ("`train_dpo.py`, `train_grpo.py` `dpo_loss`", "", "train_grpo.py dpo_loss: no such name"),
+        ("`train_dpo.py` `--is-cap` 2", "", "train_dpo.py --is-cap: no such flag"),
+        ("`train_dpo.py` `--beta` 0.01", "", "train_dpo.py --beta: 0.1, not 0.01"),
+        ("`train_dpo.py` `--beta`", "", "train_dpo.py --beta: 0.1, not said"),
+        ("`train_dpo.py`, `train_grpo.py` `--sync-ref` on", "", "train_grpo.py --sync-ref: off, not on"),
+        ("`train_grpo.py` `--loss-norm` off", "", "train_grpo.py --loss-norm: sum, not off"),
+        ("`evaluate.py` `SAMPLES` 40", "", "evaluate.py SAMPLES: 50, not 40"),
+        ("`paper/runs.sh` `FIXD`", "", "paper/runs.sh FIXD: no such name"),
+        ("", "", "nothing is named"),
+        ("`train_dpo.py` `dpo_loss`", "none", "no test: no such test"),
+        ("`train_dpo.py` `dpo_loss`", "`tests/test_maths.py::test_by_hand`", "test_by_hand: no such test"),
+        ("`train_dpo.py` `dpo_loss`", "`tests/test_math.py::test_loss_by_hand`", "by_hand: no such test"),
+        ("`train_dpo.py` `dpo_loss`", "`test_maths.py::test_loss_by_hand`", "by_hand: no such test"),
+    ],
+)
+def test_a_wrong_name_in_that_table_is_found(here, tests, said):
+    assert any(fault.endswith(said) for fault in faults(here, tests or LINES[0][3]))
+
+
+def test_every_flag_that_cites_the_paper_is_in_that_table():
+    named = {(file, name) for _, _, here, _ in LINES for file, name, _ in claims(here)}
+    cited = set()
+    for script in ("train_dpo.py", "train_grpo.py", "evaluate.py"):
+
+        def add(flag, help="", default=None, script=script, **_):
+            cited.update([(script, flag)] if "paper" in help and default is not None else [])
+
+        SCRIPTS[script].add_flags(add)
+    assert len(cited) > 30 and cited - named == set()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pandas
 import pytest
 import torch
 from conftest import ROOT, TOY
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, TopPLogitsWarper
 
 import data
 import evaluate
@@ -179,6 +179,19 @@ def test_an_evaluation_is_an_offline_set(tmp, tokenizer, keep_group):
             assert c.logps == pytest.approx(logps.tolist(), abs=1e-4)
     mean = statistics.fmean(c.reward for _, completions in groups for c in completions)
     assert 0.2 < mean < 0.5 and len({c.text for _, completions in groups for c in completions}) > 50
+
+
+def test_by_default_it_draws_as_the_paper_does(tmp, keep_group):
+    """50 completions of each prompt at temperature 0.6, from the likeliest tokens that make up 0.9."""
+    (tmp / "few.jsonl").write_text("".join((tmp / "valid.jsonl").read_text().splitlines(keepends=True)[:2]))
+    evaluate.main(["--data", str(tmp / "few.jsonl"), "--sampler", "hf", "--out", str(tmp / "few")])
+    lm = AutoModelForCausalLM.from_pretrained(TOY)
+    for line in read(tmp / "few" / "completions.jsonl"):
+        assert len(line["completions"]) == 50
+        for c in {tuple(c["ids"]): c for c in line["completions"]}.values():
+            logits = lm(torch.tensor([line["ids"] + c["ids"]])).logits[0, len(line["ids"]) - 1 : -1]
+            logps = TopPLogitsWarper(0.9)(None, logits / 0.6).log_softmax(-1)
+            assert c["logps"] == pytest.approx(logps[range(len(c["ids"])), c["ids"]].tolist(), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
