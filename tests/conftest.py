@@ -16,7 +16,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from tokenizers.processors import TemplateProcessing  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import processes  # noqa: E402
 from data import Completion, Row  # noqa: E402
@@ -81,6 +82,17 @@ def device():
 @pytest.fixture(scope="session")
 def tokenizer():
     return load_tokenizer(str(TOY), 64)[0]
+
+
+@pytest.fixture
+def begins():
+    """The toy's tokenizer, with a begin token that both it and its chat template write, as Llama's do."""
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    begin = TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    tokenizer.chat_template = "<|pad|>" + tokenizer.chat_template
+    assert tokenizer("7").input_ids[0] == 0
+    return tokenizer
 
 
 @pytest.fixture

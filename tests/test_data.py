@@ -56,6 +56,12 @@ def test_a_row_is_templated_once_and_kept_as_it_is(tokenizer, tmp_path):
     assert rows[1].prompt == chat
 
 
+def test_a_begin_token_stands_once(begins, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "1+2=", "reward": "exact", "answer": "3"}])
+    [rows], _ = load([path], begins)
+    assert begins.decode(rows[0].ids) == "<|pad|><|user|>1+2=<|assistant|>"
+
+
 def test_parquet_is_the_same_as_jsonl(tokenizer, tmp_path):
     rows = [{"prompt": f"{i}+1=", "reward": "exact", "answer": str(i + 1)} for i in range(20)]
     pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")

@@ -48,7 +48,7 @@ def test_a_pair_is_a_right_and_a_wrong_completion_and_depends_on_the_seed_alone(
 
 
 def test_with_scalar_rewards_a_pair_is_the_best_and_the_worst():
-    assert pair([0.5, -1.25, None, 3.5, 2.0]) == [(3, 1)]
+    assert {pair([0.5, -1.25, None, 3.5, 2.0], seed)[0] for seed in range(50)} == {(3, 1)}
     assert {pair([2.0, 7.0, 7.0], seed)[0] for seed in range(50)} == {(1, 0), (2, 0)}
 
 

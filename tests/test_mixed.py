@@ -88,6 +88,12 @@ def test_athene_scores_as_by_hand_at_the_cls_token(athene, device):
     assert scores == pytest.approx(wanted, abs=1e-5) and statistics.stdev(scores) > 0.01
 
 
+def test_a_reward_model_reads_its_begin_token_once(hub_model, begins, device):
+    model = RewardModel(str(hub_model[0]), device, F32, DAY)
+    model.tokenizer = begins
+    assert begins.decode(model.encode(CHATS[0])) == "<|pad|><|user|>like 1, ab:<|assistant|>11<|end|>"
+
+
 @pytest.mark.parametrize("layout", ["hub_model", "athene"])
 def test_scores_do_not_depend_on_the_batch(layout, request, device):
     directory = str(request.getfixturevalue(layout)[0])

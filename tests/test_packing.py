@@ -78,7 +78,7 @@ def test_short_sequences_fill_the_rows_of_long_ones(policy):
 
 def test_indices_of_pairs_are_those_of_the_group_and_each_prompt_weighs_the_same(policy):
     examples = [
-        example([5, 6], [[7, 3], [8, 3], [9, 9, 9, 3]], pairs=[(2, 0), (2, 1)]),
+        example([5, 6], [[7, 3], [8, 3], [9, 9, 9, 3], [12, 3]], pairs=[(2, 0), (2, 1)]),
         example([5, 6, 7], [[1, 3], [2, 3], [4, 3]], pairs=[]),
         example([5], [[10, 3], [11, 3]], pairs=[(1, 0)]),
     ]

@@ -99,8 +99,9 @@ def test_wildchat(tmp_path):
     good = [chat(f"Tell me about {i}") for i in range(6)]
     bad = [chat("Bonjour", language="French"), chat("bad", toxic=True), chat("  "), chat("tell  me about 1")]
     bad[1]["toxic"] = False  # flagged on the message alone
+    bad.append(chat("a later message is") | {"toxic": True})
     manifest, found = prepared(tmp_path, "wildchat", good + bad, valid=2, train=4)
-    assert manifest["dropped"] == {"not English": 1, "toxic": 1, "empty": 1, "duplicate": 1}
+    assert manifest["dropped"] == {"not English": 1, "toxic": 2, "empty": 1, "duplicate": 1}
     rows = found["train"] + found["valid"]
     assert sorted(row["prompt"] for row in rows) == [f"Tell me about {i}" for i in range(6)]
     assert {row["reward"] for row in rows} == {"rm"} and len(found["train"]) == 4

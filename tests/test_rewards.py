@@ -101,6 +101,23 @@ def test_math_rewards():
 
 
 @pytest.mark.parametrize(
+    ("answer", "text", "reward"),
+    [
+        (r"4\left(x+1\right)", r"$\boxed{4x+4}$", 1),  # basic_latex
+        (r"12\text{ dollars}", r"$\boxed{12}$", 1),  # units
+        (r"\sqrt 8", r"$\boxed{2\sqrt{2}}$", 1),  # malformed_operators
+        (r"3 \boxed{7}", r"$\boxed{7}$", 0),  # boxed: a reference answer is taken whole
+        ("a=b=2", r"$\boxed{b=2}$", 0),  # equations: nor is one cut behind its first =
+        ("7", r"$\boxed{7}$. The final answer is $3$.", 1),  # boxed_match_priority
+        (r"\pi", r"$\boxed{3.14159}$", 0),  # float_rounding
+    ],
+)
+def test_each_setting_of_math_verify_decides_about_an_answer(answer, text, reward):
+    """With the other value of the setting, the other reward. (For `nits` no such answer is known.)"""
+    assert VERIFIERS["math"].function(answer, text) == reward
+
+
+@pytest.mark.parametrize(
     ("reward", "answer", "said"),
     [
         ("gsm8k", "three", "needs a number as `answer`, not 'three'"),
