@@ -13,11 +13,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SETS = ("toy", "chats", "mixed")
 BLOCK = 10  # steps whose means a line of a small log has
-KEPT = (
-    "reward", "completions/length", "entropy", "kl", "clip_ratio", "loss", "grad_norm", "pairs",
-    "rewards/chosen", "rewards/rejected", "sync/age", "skipped", "time/sample", "time/step",
-    "tokens_per_second/sample",
-)  # fmt: skip
 DECIDES = (  # what decides the numbers of a run
     "train_dpo.py", "train_grpo.py", "window.py", "sampler.py", "sampler_hf.py", "policy.py", "packing.py",
     "loading.py", "rewards.py", "reward_models.py", "data.py", "tokenizer.py", "metrics.py", "validate.py",
@@ -34,16 +29,16 @@ def read(directory: Path) -> list[dict]:
 
 
 def means(lines: list[dict]) -> list[dict]:
-    """The same of a run's own lines, one a step. Six digits; what is not finite (null) is in no mean."""
+    """The same of a run's own lines, one a step. Four digits; what is not finite (null) is in no mean."""
     found, block = [], []
     for line in lines:
         if "loss" in line:
             block.append(line)
         if block and (len(block) == BLOCK or "loss" not in line or line is lines[-1]):
             mean = {"step": block[-1]["step"], "steps": len(block)}
-            for name in KEPT:
+            for name in sorted({name for one in block for name in one} - {"step"}):
                 values = [one[name] for one in block if one.get(name) is not None]
-                mean |= {name: float(f"{statistics.fmean(values):.6g}")} if values else {}
+                mean |= {name: float(f"{statistics.fmean(values):.4g}")} if values else {}
             found.append(mean)
             block = []
         if "loss" not in line:
