@@ -5,7 +5,6 @@ python results/plot.py                 # the project's own, as results/*.png
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
@@ -99,7 +98,7 @@ DYNAMICS = {
 
 def dynamics():
     """What the paper's section 4.2 and 5 look at, for each s, on both tasks."""
-    figure, axes = plt.subplots(4, 2, figsize=(8.5, 9.5), layout="constrained", sharex="col")
+    figure, axes = plt.subplots(4, 2, figsize=(8.5, 9.5), layout="constrained")
     for row, (metric, ylabel) in zip(axes, DYNAMICS.items(), strict=True):
         for axis, task in zip(row, ("toy", "chats"), strict=True):
             drawn = [curve(axis, task, name, metric, style) for name, style in S.items()]
@@ -114,71 +113,65 @@ def dynamics():
     figure.savefig(HERE / "dynamics.png")
 
 
-ABLATIONS = {  # run -> what it is called; those of BASES begin a group
-    "dpo-s1@300": "online DPO",
-    "dpo-s1-allpairs": "GroupDPO (all pairs)",
-    "dpo-s1-grpo0.01": "GroupDPO + 0.01 GRPO",
-    "dpo-s1-grpo0.001": "GroupDPO + 0.001 GRPO",
-    "dpo-s1-nll": "+ NLL of the chosen",
-    "dpo-s1-lengthnorm": "means over tokens",
-    "dpo-s1-eps1e-4": "Adam's epsilon 1e-4",
-    "dpo-s1-entropy1e-4": "entropy bonus 1e-4",
-    "dpo-s1-entropy5e-4": "entropy bonus 5e-4",
-    "dpo-s1-entropy0.5": "entropy bonus 0.5",
-    "dpo-s1-fixed": "reference fixed",
-    "dpo-s1-fixed-beta0.1": "reference fixed, beta 0.1",
-    "dpo-s10@300": "DPO, s = 10",
-    "dpo-s10-fixed": "reference fixed",
-    "dpo-s10-fixed-beta0.1": "reference fixed, beta 0.1",
-    "dpo-s100@300": "DPO, s = 100",
-    "dpo-s100-fixed": "reference fixed",
-    "dpo-s100-beta0.1@300": "beta 0.1",
-    "dpo-s100-beta0.1-eps1e-4": "beta 0.1, epsilon 1e-4",
-    "dpo-sinf@300": "offline DPO",
-    "dpo-sinf-nll": "+ NLL of the chosen",
-    "grpo-s1@300": "online GRPO, groups of 8",
-    "grpo-s1-n4": "groups of 4",
-    "grpo-s1-n12": "groups of 12",
-    "grpo-s1-seqnorm": "means over tokens",
-}
-BASES = ("dpo-s1@300", "dpo-s10@300", "dpo-s100@300", "dpo-sinf@300", "grpo-s1@300")
+ABLATIONS = [  # groups of run -> what it is called; the first of a group is what the others differ from
+    {
+        "dpo-s1@300": "online DPO",
+        "dpo-s1-allpairs": "GroupDPO (all pairs)",
+        "dpo-s1-grpo0.01": "GroupDPO + 0.01 GRPO",
+        "dpo-s1-grpo0.001": "GroupDPO + 0.001 GRPO",
+        "dpo-s1-nll": "+ NLL of the chosen",
+        "dpo-s1-lengthnorm": "means over tokens",
+        "dpo-s1-eps1e-4": "Adam's epsilon 1e-4",
+        "dpo-s1-entropy1e-4": "entropy bonus 1e-4",
+        "dpo-s1-entropy5e-4": "entropy bonus 5e-4",
+        "dpo-s1-entropy0.5": "entropy bonus 0.5",
+        "dpo-s1-fixed": "reference fixed",
+        "dpo-s1-fixed-beta0.1": "reference fixed, beta 0.1",
+    },
+    {
+        "dpo-s10@300": "DPO, s = 10",
+        "dpo-s10-fixed": "reference fixed",
+        "dpo-s10-fixed-beta0.1": "reference fixed, beta 0.1",
+    },
+    {
+        "dpo-s100@300": "DPO, s = 100",
+        "dpo-s100-fixed": "reference fixed",
+        "dpo-s100-beta0.1@300": "beta 0.1",
+        "dpo-s100-beta0.1-eps1e-4": "beta 0.1, epsilon 1e-4",
+    },
+    {"dpo-sinf@300": "offline DPO", "dpo-sinf-nll": "+ NLL of the chosen"},
+    {
+        "grpo-s1@300": "online GRPO, groups of 8",
+        "grpo-s1-n4": "groups of 4",
+        "grpo-s1-n12": "groups of 12",
+        "grpo-s1-seqnorm": "means over tokens",
+    },
+]
 
 
 def ablations():
-    """Accuracy on sums after 300 steps: mean and range over seeds, beside the base of each group."""
+    """Accuracy on sums after 300 steps: mean and range over seeds, beside what each group differs from."""
+    labels, y = {}, 0.0
     figure, axis = plt.subplots(figsize=(8.5, 8), layout="constrained")
-    places, labels, place = [], [], 0.0
-    for run, label in ABLATIONS.items():
-        found = values("accuracy", f"toy/{run}")
-        if run in BASES:
-            place += 0.6
-            base = statistics.fmean(found)
-            members = len([1 for _ in itertools.takewhile(lambda name: name not in BASES, after(run))])
-            axis.plot([base] * 2, [-place, -place - members], ":", color="0.6", linewidth=1.2)
-        colour, marker = (BLACK, "D") if run in BASES else (BLUE, "o")
-        if found:
-            axis.plot(
-                [min(found), max(found)], [-place] * 2, color=colour, linewidth=2.5, solid_capstyle="round"
-            )
-            axis.plot(statistics.fmean(found), -place, marker, color=colour, markersize=7)
-        places.append(-place)
-        labels.append(label if len(found) != 1 else f"{label} (one seed)")
-        place += 1
-    axis.set_yticks(places, labels)
-    for tick, run in zip(axis.get_yticklabels(), ABLATIONS, strict=True):
-        tick.set_fontweight("bold" if run in BASES else "normal")
+    for group in ABLATIONS:
+        found = {run: values("accuracy", f"toy/{run}") for run in group}
+        found = {run: accuracies for run, accuracies in found.items() if accuracies}
+        if len(found) < 2:
+            continue
+        for number, (run, accuracies) in enumerate(found.items()):
+            mean, (colour, marker) = statistics.fmean(accuracies), (BLUE, "o") if number else (BLACK, "D")
+            if number == 0:
+                axis.plot([mean] * 2, [y, y - len(found) + 1], ":", color="0.5", linewidth=1.2, zorder=0)
+            axis.plot([min(accuracies), max(accuracies)], [y, y], color=colour, linewidth=2.5)
+            axis.plot(mean, y, marker, color=colour, markersize=7)
+            labels[y] = group[run] if len(accuracies) > 1 else f"{group[run]} (one seed)"
+            y -= 1
+        y -= 0.6
+    axis.set_yticks([*labels], labels.values())
     tidy(axis)
-    axis.set(
-        xlim=(0, 1),
-        ylim=(-place, 0),
-        xlabel="validation accuracy after 300 steps: mean, lowest and highest seed",
-    )
+    axis.set(xlim=(0, 1), ylim=(y + 1, 1))
+    axis.set_xlabel("validation accuracy after 300 steps: mean, lowest and highest seed")
     figure.savefig(HERE / "ablations.png")
-
-
-def after(run: str) -> list[str]:
-    names = [*ABLATIONS]
-    return names[names.index(run) + 1 :]
 
 
 def brake():

@@ -24,8 +24,8 @@ def main():
     for document in map(Path, sys.argv[1:]):
         text = document.read_text()
         for table in tables:  # found by its first line; what stands there goes up to the next empty line
-            head = table.split("\n")[0]
-            for place in [i for i in [text.find(f"{head}\n")] if i >= 0]:
+            place = text.find(table[: table.index("\n") + 1])
+            if place >= 0:
                 text = text[:place] + table + text[text.index("\n\n", place) :]
         document.write_text(text)
 
@@ -60,8 +60,8 @@ def sampled(name: str) -> list[float]:
     """Tokens in all."""
     args = settings(name)["args"]
     a_step = args["prompts_per_step"] * args["samples_per_prompt"]
-    length = lambda lines: sum(x["steps"] * x["completions/length"] for x in lines if "steps" in x)  # noqa: E731
-    return [a_step * length(lines) for lines in logs(name)]
+    lengths = ([x["steps"] * x["completions/length"] for x in lines if "steps" in x] for lines in logs(name))
+    return [a_step * sum(each) for each in lengths]
 
 
 def settings(name: str) -> dict:
@@ -78,12 +78,11 @@ def command(name: str) -> str:
     return " ".join([script if "/" in script else Path(script).name, *words])
 
 
-def spread(values: list[float], digits: int = 2) -> str:
+def spread(values: list[float]) -> str:
     """Mean and standard deviation over seeds."""
-    if not values:
-        return "-"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else f"{mean} (one seed)"
+    if len(values) > 1:
+        return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+    return f"{values[0]:.2f} (one seed)" if values else "-"
 
 
 def mean_sd(values: list[float]) -> list[str]:
@@ -192,7 +191,7 @@ def values(metric: str, run: str) -> list[float]:
     """
     name, _, step = run.partition("@")
     if metric == "entropy left":
-        first, end = values("entropy", f"{name}@0"), values("entropy", name)
+        first, end = values("entropy", f"{name}@0"), values("entropy", run)
         return [b / a for a, b in zip(first, end, strict=True)]
     if metric == "chosen":
         return [value / settings(name)["args"]["beta"] for value in tens(name, "rewards/chosen", -1)]
@@ -219,9 +218,7 @@ def agreement():
         says, numbers, metric, run, relation, other, why = (part.strip() for part in line.split(" · "))
         ours = values(metric, run)
         base = [0.0] * 3 if other == "0" else values(metric, other)
-        start = (
-            [0.0] if metric == "entropy left" or other == "0" else values(metric, f"{other.split('@')[0]}@0")
-        )
+        start = values(metric, f"{other.partition('@')[0]}@0") if relation == "alike" else base
         gain = abs(statistics.fmean(base) - statistics.fmean(start)) if base else 0.0
         cells = [says, numbers, f"{metric}: {run} against {other}", f"{spread(ours)} against {spread(base)}"]
         yield "| " + " | ".join([*cells, f"**{verdict(ours, base, relation, gain)}**", why]) + " |"

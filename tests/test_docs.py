@@ -110,7 +110,8 @@ def test_every_flag_named_is_declared(commands, capsys):
         shell(sys.executable, *command.split(), "--help")
         for command in ("-m teaching.dpo_grpo", "results/memory.py", "tests/kills.py")
     )
-    declared += (ROOT / "results" / "plot.py").read_text()  # it does not even start without matplotlib
+    # the first does not even start without matplotlib
+    declared += "".join((ROOT / "results" / name).read_text() for name in ("plot.py", "paper_on_a_laptop.sh"))
     others = "--no-deps --extra-index-url --help --dry-run --python-version --only-binary --target"  # pip's
     others += " --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint"  # torchrun's
     others += " --model_outputs --small --print"  # alpaca_eval's, and those of the scripts in paper/
