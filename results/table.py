@@ -215,13 +215,13 @@ def agreement():
     for line in filter(None, (HERE / "claims.txt").read_text().splitlines()):
         if line.startswith("#"):
             continue
-        says, numbers, metric, run, relation, other, why = (part.strip() for part in line.split(" · "))
+        says, numbers, metric, run, relation, other, *why = line.split(" · ")
         ours = values(metric, run)
         base = [0.0] * 3 if other == "0" else values(metric, other)
         start = values(metric, f"{other.partition('@')[0]}@0") if relation == "alike" else base
         gain = abs(statistics.fmean(base) - statistics.fmean(start)) if base else 0.0
         cells = [says, numbers, f"{metric}: {run} against {other}", f"{spread(ours)} against {spread(base)}"]
-        yield "| " + " | ".join([*cells, f"**{verdict(ours, base, relation, gain)}**", why]) + " |"
+        yield "| " + " | ".join([*cells, f"**{verdict(ours, base, relation, gain)}**", *(why or [""])]) + " |"
 
 
 def old_completions():
