@@ -4,6 +4,7 @@ python results/logs.py thin RUN DIRECTORY   # RUN's args.json, and its metrics.j
 python results/logs.py check                # of each log: its commit, and what has changed since
 """
 
+import functools
 import json
 import statistics
 import subprocess
@@ -13,10 +14,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SETS = ("toy", "chats", "mixed")
 BLOCK = 10  # steps whose means a line of a small log has
-DECIDES = (  # what decides the numbers of a run
+DECIDES = (  # what decides the numbers of a run, with the script that it started
     "train_dpo.py", "train_grpo.py", "window.py", "sampler.py", "sampler_hf.py", "policy.py", "packing.py",
     "loading.py", "rewards.py", "reward_models.py", "data.py", "tokenizer.py", "metrics.py", "validate.py",
-    "flags.py", "teaching/dpo_grpo.py", "results/no_ratio.py", "toy",
+    "flags.py", "toy",
 )  # fmt: skip
 
 
@@ -55,17 +56,19 @@ def thin(run: Path, directory: Path):
 
 
 def check():
-    changed = {None: "names no commit"}
     for directory in sorted(d for s in SETS for d in (HERE / s).glob("*-seed[0-9]")):
-        commit = json.loads((directory / "args.json").read_text())["commit"]
-        if commit not in changed:
-            git = ["git", "-C", HERE.parent, "diff", "--name-only", commit, "--", *DECIDES]
-            diff = subprocess.run(git, capture_output=True, text=True, check=False)
-            names = " ".join(diff.stdout.split())
-            changed[commit] = f"older than {names}" if names else "as the maths is now"
-            if diff.returncode:
-                changed[commit] = "its commit is not in this repository"
-        print(f"{directory.relative_to(HERE.parent)}  {(commit or '-')[:9]}  {changed[commit]}")
+        facts = json.loads((directory / "args.json").read_text())
+        changed = since(facts["commit"], facts["command"][0])
+        print(f"{directory.relative_to(HERE.parent)}  {str(facts['commit'])[:9]}  {changed}")
+
+
+@functools.cache
+def since(commit: str | None, script: str) -> str:
+    git = ["git", "-C", HERE.parent, "diff", "--name-only", str(commit), "--", *DECIDES, script]
+    diff = subprocess.run(git, capture_output=True, text=True, check=False)
+    if diff.returncode:
+        return "its commit is not in this repository"
+    return f"older than {' '.join(diff.stdout.split())}" if diff.stdout else "as the maths is now"
 
 
 if __name__ == "__main__":
