@@ -42,10 +42,10 @@ BRAKES = {
 FIRST = ("dpo-s1", "dpo-s5", "dpo-s10", "dpo-s100", "dpo-sinf", "grpo-s1")  # what the first figure shows
 
 
-def curve(axis, task: str, name: str, metric: str, style: tuple) -> bool:
-    """The mean over seeds, and a band from the lowest to the highest. Returns whether there is a log."""
-    per_step = defaultdict(list)
-    for directory in sorted((HERE / task).glob(f"{name}-seed[0-9]")):
+def curve(axis, task: str, name: str, metric: str, style: tuple) -> int:
+    """The mean over seeds, and a band from the lowest to the highest. Returns how many seeds there are."""
+    per_step, seeds = defaultdict(list), sorted((HERE / task).glob(f"{name}-seed[0-9]"))
+    for directory in seeds:
         for line in logs.read(directory):
             if line.get(metric) is not None:
                 per_step[line["step"]].append(line[metric])
@@ -54,7 +54,7 @@ def curve(axis, task: str, name: str, metric: str, style: tuple) -> bool:
     axis.fill_between(
         [*per_step], [*map(min, values)], [*map(max, values)], color=colour, alpha=0.15, linewidth=0
     )
-    return bool(per_step)
+    return len(seeds) if per_step else 0
 
 
 def tidy(axis, title: str = "", ylabel: str = ""):
@@ -79,9 +79,8 @@ def sweep():
         ("chats", "eval/reward", "chats, with a reward model", "validation reward"),
     )
     for axis, (task, metric, title, ylabel) in zip(axes, panels, strict=True):
-        for name in FIRST:
-            curve(axis, task, name, metric, S[name])
-        tidy(axis, title, ylabel)
+        seeds = min(filter(None, [curve(axis, task, name, metric, S[name]) for name in FIRST]))
+        tidy(axis, f"{title} ({seeds} seed{'s' * (seeds > 1)})", ylabel)
         axis.set_xlabel("optimizer step")
     axes[0].set_ylim(0, 1)
     legend(figure, {name: S[name] for name in FIRST})
@@ -104,7 +103,9 @@ def dynamics():
             drawn = [curve(axis, task, name, metric, style) for name, style in S.items()]
             title = {"toy": "sums", "chats": "chats"}[task] if metric == "reward" else ""
             tidy(axis, title, ylabel if task == "toy" else "")
-            if metric != "reward":
+            if metric == "kl":
+                axis.set(yscale="log", ylim=(1e-2, 1e4))
+            elif metric != "reward":
                 axis.set_ylim(0, None)
             axis.set_visible(any(drawn))
     for axis in axes[-1]:
