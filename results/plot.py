@@ -168,6 +168,7 @@ def ablations():
             labels[y] = group[run] if len(accuracies) > 1 else f"{group[run]} (one seed)"
             y -= 1
         y -= 0.6
+    figure.set_size_inches(8.5, 1 + 0.3 * -y)
     axis.set_yticks([*labels], labels.values())
     tidy(axis)
     axis.set(xlim=(0, 1), ylim=(y + 1, 1))
