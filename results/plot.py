@@ -1,7 +1,7 @@
 """Draws a run's curves, or the project's own figures (needs matplotlib, which training does not).
 
 python results/plot.py RUN [RUN ...]   # reward, validation, entropy, length, age against steps
-python results/plot.py                 # results/toy.png and brake.png from results/toy/, and dial.png
+python results/plot.py                 # the project's own, as results/*.png
 """
 
 import argparse
@@ -17,72 +17,173 @@ try:
 except ImportError:
     sys.exit("plot.py: error: matplotlib is not installed; `pip install matplotlib`")
 
+import logs
+from table import values
+
 HERE = Path(__file__).parent
 # colours of Okabe and Ito, which stay apart for colour-blind eyes; dashes for GRPO, so that colour is not all
-RUNS = {
-    "dpo-s1": ("DPO s = 1 (online)", "#0072B2", "-"),
-    "dpo-s10": ("DPO s = 10", "#56B4E9", "-"),
-    "dpo-s100": ("DPO s = 100", "#009E73", "-"),
-    "dpo-sinf": ("DPO s = inf (offline)", "#D55E00", "-"),
-    "grpo-s1": ("GRPO s = 1", "#CC79A7", "--"),
-    "grpo-s10": ("GRPO s = 10", "#000000", "--"),
+BLUE, SKY, GREEN, ORANGE, PINK, BLACK = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#000000"
+S = {
+    "dpo-s1": ("DPO, s = 1 (online)", BLUE, "-"),
+    "dpo-s5": ("DPO, s = 5", BLACK, "-"),
+    "dpo-s10": ("DPO, s = 10", SKY, "-"),
+    "dpo-s100": ("DPO, s = 100", GREEN, "-"),
+    "dpo-sinf": ("DPO, s = inf (offline)", ORANGE, "-"),
+    "grpo-s1": ("GRPO, s = 1 (online)", PINK, "--"),
+    "grpo-s10": ("GRPO, s = 10", SKY, "--"),
+    "grpo-s100": ("GRPO, s = 100", GREEN, "--"),
+    "grpo-sinf": ("GRPO, s = inf (offline)", ORANGE, "--"),
 }
 BRAKES = {
-    "dpo-s100-beta0.1": ("beta = 0.1", "#D55E00", "-"),
-    "dpo-s100-beta1": ("beta = 1", "#56B4E9", "-"),
-    "dpo-s100": ("beta = 3", "#009E73", "-"),
+    "dpo-s100-beta0.1": ("beta = 0.1", ORANGE, "-"),
+    "dpo-s100-beta1": ("beta = 1", SKY, "-"),
+    "dpo-s100": ("beta = 3", GREEN, "-"),
+}
+FIRST = ("dpo-s1", "dpo-s5", "dpo-s10", "dpo-s100", "dpo-sinf", "grpo-s1")  # what the first figure shows
+
+
+def curve(axis, task: str, name: str, metric: str, style: tuple) -> int:
+    """The mean over seeds, and a band from the lowest to the highest. Returns how many seeds there are."""
+    per_step, seeds = defaultdict(list), sorted((HERE / task).glob(f"{name}-seed[0-9]"))
+    for directory in seeds:
+        for line in logs.read(directory):
+            if line.get(metric) is not None:
+                per_step[line["step"]].append(line[metric])
+    values, (_, colour, dash) = [*per_step.values()], style
+    axis.plot([*per_step], [*map(statistics.fmean, values)], dash, color=colour, linewidth=1.8)
+    axis.fill_between(
+        [*per_step], [*map(min, values)], [*map(max, values)], color=colour, alpha=0.15, linewidth=0
+    )
+    return len(seeds) if per_step else 0
+
+
+def tidy(axis, title: str = "", ylabel: str = ""):
+    axis.set(title=title, ylabel=ylabel, xlim=(0, None))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def legend(figure, styles: dict, columns: int = 3):
+    lines = [
+        plt.Line2D([], [], color=colour, linestyle=dash, linewidth=1.8) for _, colour, dash in styles.values()
+    ]
+    names = [label for label, *_ in styles.values()]
+    figure.legend(lines, names, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def sweep():
+    """The s sweep of both tasks."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 4.4), layout="constrained")
+    panels = (
+        ("toy", "eval/accuracy", "sums, with a verifier", "validation accuracy"),
+        ("chats", "eval/reward", "chats, with a reward model", "validation reward"),
+    )
+    for axis, (task, metric, title, ylabel) in zip(axes, panels, strict=True):
+        seeds = min(filter(None, [curve(axis, task, name, metric, S[name]) for name in FIRST]))
+        tidy(axis, f"{title} ({seeds} seed{'s' * (seeds > 1)})", ylabel)
+        axis.set_xlabel("optimizer step")
+    axes[0].set_ylim(0, 1)
+    legend(figure, {name: S[name] for name in FIRST})
+    figure.savefig(HERE / "toy.png")
+
+
+DYNAMICS = {
+    "reward": "reward of the step",
+    "completions/length": "tokens of an answer",
+    "entropy": "entropy (nats)",
+    "kl": "KL to the start\n(nats, GRPO)",
 }
 
 
-def curves(name: str) -> list[tuple[list, list, list]]:
-    """(steps, seconds, accuracies) of each seed; seconds of training, without validation."""
-    found = []
-    for directory in sorted((HERE / "toy").glob(f"{name}-seed[0-9]")):
-        steps, seconds, accuracies, spent = [], [], [], 0.0
-        for line in (directory / "metrics.jsonl").read_text().splitlines():
-            metrics = json.loads(line)
-            spent += metrics.get("time/step", 0.0)
-            if "eval/accuracy" in metrics:
-                steps.append(metrics["step"])
-                seconds.append(spent)
-                accuracies.append(metrics["eval/accuracy"])
-        found.append((steps, seconds, accuracies))
-    return found
+def dynamics():
+    """What the paper's section 4.2 and 5 look at, for each s, on both tasks."""
+    figure, axes = plt.subplots(4, 2, figsize=(8.5, 9.5), layout="constrained")
+    for row, (metric, ylabel) in zip(axes, DYNAMICS.items(), strict=True):
+        for axis, task in zip(row, ("toy", "chats"), strict=True):
+            drawn = [curve(axis, task, name, metric, style) for name, style in S.items()]
+            title = {"toy": "sums", "chats": "chats"}[task] if metric == "reward" else ""
+            tidy(axis, title, ylabel if task == "toy" else "")
+            if metric == "kl":
+                axis.set(yscale="log", ylim=(1e-2, 1e4))
+            elif metric != "reward":
+                axis.set_ylim(0, None)
+            axis.set_visible(any(drawn))
+    for axis in axes[-1]:
+        axis.set_xlabel("optimizer step")
+    legend(figure, S)
+    figure.savefig(HERE / "dynamics.png")
 
 
-def draw(axis, names: dict, against: str):
-    """A line for the mean over seeds, a band from the lowest to the highest, a label at the line's end."""
-    ends = []
-    for name, (label, colour, dash) in names.items():
-        seeds = curves(name)
-        if not seeds:
+ABLATIONS = [  # groups of run -> what it is called; the first of a group is what the others differ from
+    {
+        "dpo-s1@300": "online DPO",
+        "dpo-s1-allpairs": "GroupDPO (all pairs)",
+        "dpo-s1-grpo0.01": "GroupDPO + 0.01 GRPO",
+        "dpo-s1-grpo0.001": "GroupDPO + 0.001 GRPO",
+        "dpo-s1-nll": "+ NLL of the chosen",
+        "dpo-s1-lengthnorm": "means over tokens",
+        "dpo-s1-eps1e-4": "Adam's epsilon 1e-4",
+        "dpo-s1-entropy1e-4": "entropy bonus 1e-4",
+        "dpo-s1-entropy5e-4": "entropy bonus 5e-4",
+        "dpo-s1-entropy0.5": "entropy bonus 0.5",
+        "dpo-s1-fixed": "reference fixed",
+        "dpo-s1-fixed-beta0.1": "reference fixed, beta 0.1",
+    },
+    {
+        "dpo-s10@300": "DPO, s = 10",
+        "dpo-s10-fixed": "reference fixed",
+        "dpo-s10-fixed-beta0.1": "reference fixed, beta 0.1",
+    },
+    {
+        "dpo-s100@300": "DPO, s = 100",
+        "dpo-s100-fixed": "reference fixed",
+        "dpo-s100-beta0.1@300": "beta 0.1",
+        "dpo-s100-beta0.1-eps1e-4": "beta 0.1, epsilon 1e-4",
+    },
+    {"dpo-sinf@300": "offline DPO", "dpo-sinf-nll": "+ NLL of the chosen"},
+    {
+        "grpo-s1@300": "online GRPO, groups of 8",
+        "grpo-s1-n4": "groups of 4",
+        "grpo-s1-n12": "groups of 12",
+        "grpo-s1-seqnorm": "means over tokens",
+    },
+]
+
+
+def ablations():
+    """Accuracy on sums after 300 steps: mean and range over seeds, beside what each group differs from."""
+    labels, y = {}, 0.0
+    figure, axis = plt.subplots(figsize=(8.5, 8), layout="constrained")
+    for group in ABLATIONS:
+        found = {run: values("accuracy", f"toy/{run}") for run in group}
+        found = {run: accuracies for run, accuracies in found.items() if accuracies}
+        if len(found) < 2:
             continue
-        per_step = defaultdict(list)
-        for steps, seconds, accuracies in seeds:
-            for step, second, accuracy in zip(steps, seconds, accuracies, strict=True):
-                per_step[step].append((second, accuracy))
-        x = [s if against == "step" else statistics.fmean(t for t, _ in v) for s, v in per_step.items()]
-        values = [[accuracy for _, accuracy in v] for v in per_step.values()]
-        mean = [statistics.fmean(v) for v in values]
-        axis.plot(x, mean, dash, color=colour, linewidth=1.8)
-        axis.fill_between(x, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.15, linewidth=0)
-        ends.append([mean[-1], x[-1], label, colour])
-    ends.sort(key=lambda end: end[0])
-    right, places, top = max(end[1] for end in ends), [], 0.99
-    for y, *_ in reversed(ends):  # from the top down; labels that would overlap move apart
-        places.insert(0, min(y, top))
-        top = places[0] - 0.06
-    for place, (y, x, label, colour) in zip(places, ends, strict=True):
-        axis.annotate(
-            label, (x, y), (right * 1.04, place), color=colour, va="center", fontsize=9,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
-        )  # fmt: skip
-    axis.set(xlim=(0, right), ylim=(0, 1))
-    axis.set_xlabel("optimizer step" if against == "step" else "seconds of training")
-    axis.set_ylabel("validation accuracy")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+        for number, (run, accuracies) in enumerate(found.items()):
+            mean, (colour, marker) = statistics.fmean(accuracies), (BLUE, "o") if number else (BLACK, "D")
+            if number == 0:
+                axis.plot([mean] * 2, [y, y - len(found) + 1], ":", color="0.5", linewidth=1.2, zorder=0)
+            axis.plot([min(accuracies), max(accuracies)], [y, y], color=colour, linewidth=2.5)
+            axis.plot(mean, y, marker, color=colour, markersize=7)
+            labels[y] = group[run] if len(accuracies) > 1 else f"{group[run]} (one seed)"
+            y -= 1
+        y -= 0.6
+    figure.set_size_inches(8.5, 1 + 0.3 * -y)
+    axis.set_yticks([*labels], labels.values())
+    tidy(axis)
+    axis.set(xlim=(0, 1), ylim=(y + 1, 1))
+    axis.set_xlabel("validation accuracy after 300 steps: mean, lowest and highest seed")
+    figure.savefig(HERE / "ablations.png")
+
+
+def brake():
+    figure, axis = plt.subplots(figsize=(8.5, 3.9), layout="constrained")
+    for name, style in BRAKES.items():
+        curve(axis, "toy", name, "eval/accuracy", style)
+    tidy(axis, "DPO with s = 100: beta is the brake of a window", "validation accuracy")
+    axis.set(ylim=(0, 1), xlabel="optimizer step")
+    legend(figure, BRAKES)
+    figure.savefig(HERE / "brake.png")
 
 
 def dial():
@@ -186,15 +287,9 @@ def main():
     if args.runs:
         return draw_runs(args.runs, args.out or args.runs[0] / "curves.png")
     dial()
-    figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.2), layout="constrained")
-    draw(axes[0], RUNS, "step")
-    draw(axes[1], RUNS, "time")
-    figure.suptitle("The toy, 400 steps, 3 seeds: mean, lowest and highest", fontsize=11)
-    figure.savefig(HERE / "toy.png")
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    draw(axis, BRAKES, "step")
-    axis.set_title("DPO with s = 100: beta is the brake of a window", fontsize=11)
-    figure.savefig(HERE / "brake.png")
+    matplotlib.rcParams["figure.dpi"] = 200  # twice the width that a README has
+    for draw in (sweep, dynamics, ablations, brake):
+        draw()
 
 
 if __name__ == "__main__":

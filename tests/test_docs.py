@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(ROOT / "results"))
 sys.path.insert(0, str(ROOT / "paper"))
 import benchmark
+import logs
 import prepare
+import table
 import versus_trl
 
 import evaluate
@@ -110,7 +112,8 @@ def test_every_flag_named_is_declared(commands, capsys):
         shell(sys.executable, *command.split(), "--help")
         for command in ("-m teaching.dpo_grpo", "results/memory.py", "tests/kills.py")
     )
-    declared += (ROOT / "results" / "plot.py").read_text()  # it does not even start without matplotlib
+    # the first does not even start without matplotlib
+    declared += "".join((ROOT / "results" / name).read_text() for name in ("plot.py", "paper_on_a_laptop.sh"))
     others = "--no-deps --extra-index-url --help --dry-run --python-version --only-binary --target"  # pip's
     others += " --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint"  # torchrun's
     others += " --model_outputs --small --print"  # alpaca_eval's, and those of the scripts in paper/
@@ -172,10 +175,75 @@ def test_messages_quoted_as_symptoms_are_the_programs():
 def test_tables_are_those_of_the_logs():
     tables = shell(sys.executable, "results/table.py").strip().split("\n\n")
     glance, *rest = tables
-    assert [table.count("\n") for table in tables[:4]] == [7, 9, 7, 7] and len(tables) == 5
+    assert [table.count("\n") for table in tables[:2]] == [7, 9] and len(tables) == len(table.TABLES) == 10
     assert glance + "\n\n" in README and all(table + "\n\n" in RESULTS for table in rest)
     assert shell(sys.executable, "results/memory.py") in GUIDE
     assert shell(sys.executable, "results/memory.py", "--cards") in GUIDE
+
+
+@pytest.fixture(scope="module")
+def laptop():
+    """Name of a run of the toy -> what python is to run."""
+    lines = shell("bash", "results/paper_on_a_laptop.sh", "--list").splitlines()
+    return {name: command.split() for name, command in (line.split(maxsplit=1) for line in lines)}
+
+
+def test_the_script_would_make_each_log_again(laptop, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = [path.parent for path in (ROOT / "results").glob("*/*-seed[0-9]/args.json")]
+    assert len(found) >= 39
+    for directory in found:
+        words = laptop[f"{directory.parent.name}/{directory.name}"]
+        logged = json.loads((directory / "args.json").read_text())["args"]
+        if "teaching.dpo_grpo" in words:  # it adds a flag, and sets one
+            words = ["train_dpo.py", "--all-pairs", *words[2:]]
+            place = words.index("--grpo-weight")
+            assert logged.pop("grpo_weight") == float(words[place + 1])
+            del words[place : place + 2]
+        script = train_grpo if words[0] == "train_grpo.py" or "results.no_ratio" in words else train_dpo
+        args = vars(script.get_args([word for word in words if word not in ("-m", "results.no_ratio")][1:]))
+        args["sync_steps"] = "inf" if args["sync_steps"] == math.inf else args["sync_steps"]
+        # where it is, what it keeps, a flag that only a GPU knows, and what day it was
+        others = {"out", "model", "save_every", "log_samples", "gpu_memory", "date"}
+        assert {n for n in logged.keys() & args.keys() - others if logged[n] != args[n]} == set(), directory
+
+
+def test_every_claim_names_runs_of_the_script(laptop):
+    lines = [line.split(" · ") for line in (ROOT / "results" / "claims.txt").read_text().splitlines()]
+    lines = [line for line in lines if line[0] and not line[0].startswith("#")]
+    assert len(lines) > 30 and {len(line) for line in lines} <= {6, 7}  # with a sentence or without
+    named = {run.partition("@")[0] for line in lines for run in (line[3], line[5])} - {"0"}
+    assert named <= {name.rpartition("-seed")[0] for name in laptop}
+    assert {line[4] for line in lines} == {"above", "below", "alike"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "base", "relation", "gain", "said"),
+    [  # the standard deviation of three numbers x - d, x, x + d is d
+        ([0.5, 0.6, 0.7], [0.8, 0.9, 1.0], "below", 0, "agrees"),  # 0.3 apart, 0.2 of noise
+        ([0.5, 0.6, 0.7], [0.8, 0.9, 1.0], "above", 0, "disagrees"),
+        ([0.5, 0.6, 0.7], [0.65, 0.75, 0.85], "below", 0, "cannot tell"),  # 0.15 apart, 0.2 of noise
+        ([0.90, 0.91, 0.92], [0.90, 0.92, 0.94], "alike", 0.8, "agrees"),  # 0.01 + 0.03 of 0.12 allowed
+        ([0.84, 0.85, 0.86], [0.90, 0.92, 0.94], "alike", 0.8, "partly"),  # 0.07: seen, and allowed
+        ([0.70, 0.71, 0.72], [0.90, 0.92, 0.94], "alike", 0.8, "disagrees"),
+        ([0.80, 0.90, 1.00], [0.90, 0.92, 0.94], "alike", 0.8, "cannot tell"),  # 0.02 + 0.12 are too much
+        ([0.5], [0.8, 0.9, 1.0], "below", 0, "cannot tell"),
+        ([], [0.8, 0.9, 1.0], "below", 0, "not run yet"),
+    ],
+)
+def test_a_verdict_is_that_of_its_rule(ours, base, relation, gain, said):
+    assert table.verdict(ours, base, relation, gain) == said
+
+
+def test_small_logs_are_means_of_ten_steps():
+    steps = [{"step": i, "loss": 1.0, "kl": float(i), "time/step": 2.0} for i in range(14)]
+    steps[3]["kl"] = None  # was not finite
+    validations = [{"step": i, "eval/accuracy": 0.123456} for i in (0, 12, 14)]
+    lines = logs.means([validations[0], *steps[:12], validations[1], *steps[12:], validations[2]])
+    assert [line["step"] for line in lines] == [0, 9, 11, 12, 13, 14]
+    assert [lines[i] for i in (0, 3, 5)] == validations
+    assert lines[1] == {"step": 9, "steps": 10, "kl": 4.667, "loss": 1.0, "time/step": 2.0}  # 42 / 9
+    assert (lines[2]["steps"], lines[2]["kl"], lines[4]["kl"]) == (2, 10.5, 12.5)
 
 
 def test_numbers_in_sentences_are_those_of_the_logs_and_the_code():
