@@ -96,7 +96,7 @@ def test_a_model_that_is_named_gets_the_papers_values_and_the_toy_its_own(script
         "args"
     ]
     changed = {name for name in logged.keys() & toy.keys() if str(logged[name]) != str(toy[name])}
-    # the flags of results/sweep.sh, and one that only a GPU knows
+    # the flags of results/paper_on_a_laptop.sh, and one that only a GPU knows
     assert changed == {"steps", "sync_steps", "log_samples", "out", "gpu_memory"}
     with pytest.raises(SystemExit):
         script.get_args(["--help"])
