@@ -14,8 +14,9 @@ import torch
 from conftest import ROOT, TOY
 from transformers import AutoModelForCausalLM
 
+import train_dpo
+import train_grpo
 from teaching import tiny
-from train_grpo import advantages, policy_loss
 
 FILE = ROOT / "teaching" / "tiny.py"
 END = 3
@@ -56,11 +57,13 @@ def test_losses_and_gradient_norms_are_those_of_the_script(algorithm, sync_steps
     pairs or advantages, the log-probs of all three models, loss and update are tiny.py's own.
     """
     rollouts, out = tmp_path / "rollouts.jsonl", tmp_path / "run"
-    flags = f"--sync-steps {sync_steps} --steps 10 --sampler hf --eval-every 0 --save-every 0 --log-samples 0"
-    files = ["--save-rollouts", rollouts, "--out", out]
+    flags = f"--sync-steps {sync_steps} --steps 10 --sampler hf --eval-every 0"
+    files = ["--save-rollouts", rollouts, "--out", out, "--save-every", "0", "--log-samples", "0"]
     command = [sys.executable, f"train_{algorithm}.py", *flags.split(), *files]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     metrics, groups = read(out / "metrics.jsonl"), read(rollouts)
+    longest = max(len(completion["ids"]) for group in groups for completion in group["completions"])
+    monkeypatch.setattr(tiny, "T", longest)  # less padding, to save time
     steps = [padded([group for group in groups if group["step"] == step]) for step in range(10)]
 
     calls = [steps[0], *steps, steps[0]]  # the first and the last are for the validations
@@ -81,11 +84,17 @@ def test_losses_and_gradient_norms_are_those_of_the_script(algorithm, sync_steps
         assert [m["clip_ratio"] > 0 for m in metrics[:4]] == [False, True, True, False]
 
 
+@pytest.mark.parametrize("script", [train_dpo, train_grpo])
+def test_a_step_has_the_size_of_the_scripts(script):
+    args = script.get_args([])
+    assert [args.prompts_per_step, args.samples_per_prompt, args.max_new_tokens] == [tiny.G, tiny.N, tiny.T]
+
+
 def test_the_ratio_is_clipped_and_capped_as_in_the_script(monkeypatch):
     """Ratios that ten steps of the toy hardly have, each with a positive and a negative advantage."""
     ratio_B = torch.tensor([0.1, 0.79, 0.81, 1.0, 1.19, 1.21, 1.99, 2.01, 10.0]).repeat_interleave(2)
     sampler_B1, reward_B = torch.full((18, 1), -3.0), torch.tensor([1.0, 0.0]).repeat(9)
-    adv_B = torch.tensor(advantages([1.0, 0.0], std_norm=True)).repeat(9)
+    adv_B = torch.tensor(train_grpo.advantages([1.0, 0.0], std_norm=True)).repeat(9)
     monkeypatch.setattr(tiny, "G", 9)
     monkeypatch.setattr(tiny, "N", 2)
 
@@ -94,7 +103,7 @@ def test_the_ratio_is_clipped_and_capped_as_in_the_script(monkeypatch):
 
     def scripts(logps_B1):
         bounds = {"clip_low": 0.2, "clip_high": 0.2, "is_cap": 2.0}
-        return policy_loss(logps_B1, sampler_B1, adv_B, stale=True, **bounds)[0].mean()
+        return train_grpo.policy_loss(logps_B1, sampler_B1, adv_B, stale=True, **bounds)[0].mean()
 
     found = []
     for loss in (tinys, scripts):
@@ -119,21 +128,21 @@ def test_equal_rewards_teach_nothing(reward):
 def test_completions_are_as_frequent_as_the_plain_model_says(tokenizer):
     """Of a short prompt, padded for a longer one; the plain model has no padding, no mask and no cache."""
     torch.manual_seed(0)
-    model, n = AutoModelForCausalLM.from_pretrained(TOY), 2000
+    model, n = AutoModelForCausalLM.from_pretrained(TOY), 1000
     rows = [{"prompt": "1+9="}] * n + [{"prompt": "99+98="}]
     ids_BL, mask_BL = tiny.sample(model, tokenizer, rows)
     logps_BT = tiny.token_logps(model, ids_BL, mask_BL)
     chat = [{"role": "user", "content": "1+9="}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     sequences = [tuple(ids[mask > 0].tolist()) for ids, mask in zip(ids_BL, mask_BL, strict=True)][:n]
-    for sequence, count in Counter(sequences).most_common(6):
+    for sequence, count in Counter(sequences).most_common(5):
         completion = sequence[len(prompt) :]
         assert sequence[: len(prompt)] == tuple(prompt)
         with torch.no_grad():
             logps_TV = model(torch.tensor([sequence])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         logps = logps_TV[range(len(completion)), completion].tolist()
         p = math.exp(sum(logps))
-        assert abs(count / n - p) < 4 * math.sqrt(p * (1 - p) / n) and count > 50
+        assert abs(count / n - p) < 4 * math.sqrt(p * (1 - p) / n) and count > 20
         zeros = [0.0] * (tiny.T - len(logps))
         assert logps_BT[sequences.index(sequence)].tolist() == pytest.approx(logps + zeros, abs=1e-5)
     for sequence in sequences:
@@ -151,41 +160,52 @@ def test_a_reward_is_for_the_answer_alone(tokenizer):
     assert rewards.tolist() == [1, 1, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize(("sync_steps", "syncs"), [(math.inf, []), (3.0, [3, 6]), (1.0, [1, 2, 3, 4, 5, 6])])
-def test_the_sampler_changes_at_syncs_alone(sync_steps, syncs, monkeypatch):
-    weights, policies, sample, score = [], [], tiny.sample, tiny.score
+@pytest.mark.parametrize(
+    ("sync_steps", "starts"),
+    [(1.0, [0, 1, 2, 3, 4, 5, 6]), (3.0, [0, 0, 0, 3, 3, 3, 6]), (math.inf, [0] * 7)],
+)
+def test_the_sampler_has_the_weights_that_the_policy_had_at_the_start_of_the_window(
+    sync_steps, starts, monkeypatch
+):
+    samplers, policies = [], []
+    sample, score, clip = tiny.sample, tiny.score, torch.nn.utils.clip_grad_norm_
 
-    def sample_noting_weights(model, tokenizer, rows):
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    def noting_sample(model, tokenizer, rows):
+        samplers.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         return sample(model, tokenizer, rows[:16])
 
+    def noting_clip(parameters, max_norm):
+        parameters = list(parameters)
+        policies.append(torch.cat([p.detach().flatten() for p in parameters]))
+        return clip(parameters, max_norm)
+
     monkeypatch.setattr(tiny, "G", 2)
-    monkeypatch.setattr(tiny, "sample", sample_noting_weights)
+    monkeypatch.setattr(tiny, "sample", noting_sample)
     monkeypatch.setattr(tiny, "score", lambda *args: score(*args[:-1], args[-1][:16]))
-    for steps in (7, 6):  # after which the policy is validated
-        weights.clear()
-        tiny.train("grpo", sync_steps, steps, seed=0)
-        policies.append(weights.pop())
-        first, *sampler = weights
-        assert torch.equal(first, sampler[0]) and not torch.equal(first, policies[-1])
-        changes = [step for step in range(1, steps) if not torch.equal(sampler[step], sampler[step - 1])]
-        assert changes == [step for step in syncs if step < steps]
-        if len(policies) == 1 and syncs:
-            newest = sampler[6]
-    if syncs:  # the sampler of step 6 is the policy after 6 steps
-        assert torch.equal(newest, policies[1])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noting_clip)
+    tiny.train("dpo", sync_steps, steps=7, seed=0)
+    samplers = samplers[1:-1]  # without the validations, which sample from the policy
+    assert [next(i for i, p in enumerate(policies) if torch.equal(p, w)) for w in samplers] == starts
+    assert not any(torch.equal(policies[i], policies[i + 1]) for i in range(6))
 
 
-def test_it_learns(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)  # as its paths do not depend on where it is called from
-    flags = "--algorithm grpo --sync-steps 5 --steps 31"
-    monkeypatch.setattr(sys, "argv", [str(FILE), *flags.split()])
+def test_it_learns(monkeypatch, capsys):
+    """With half of the toy's prompts in a step, and with completions that are as long as a sum has to be."""
+    monkeypatch.setattr(tiny, "G", 16)
+    monkeypatch.setattr(tiny, "T", 4)
+    tiny.train("grpo", 5.0, steps=25, seed=0)
+    before, after = re.findall(r"^validation accuracy (\S+) ", capsys.readouterr().out, re.M)
+    assert 0.17 < float(before) < 0.27 and float(after) > float(before) + 0.08
+
+
+def test_the_command_runs_from_any_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(FILE), *"--algorithm grpo --sync-steps inf --steps 1".split()])
     runpy.run_path(str(FILE), run_name="__main__")
-    printed = capsys.readouterr().out
-    before, after = map(float, re.findall(r"^validation accuracy (\S+) ", printed, re.M))
-    assert 0.17 < before < 0.27 and after > before + 0.08
-    steps = re.findall(r"^step (\d+): reward 0\.\d+, loss -?\d\S+, grad norm \d\.\d+$", printed, re.M)
-    assert steps == ["0", "10", "20", "30"] and len(printed.splitlines()) == 6
+    before, step, after = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"validation accuracy 0\.\d{3} before", before)
+    assert re.fullmatch(r"step 0: reward 0\.\d{3}, loss -?0\.\d{4}, grad norm \d\.\d\d", step)
+    assert re.fullmatch(r"validation accuracy 0\.\d{3} after 1 steps", after)
 
 
 @pytest.mark.parametrize(
