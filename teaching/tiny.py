@@ -3,10 +3,10 @@
     python teaching/tiny.py --algorithm dpo --sync-steps 10 --steps 100
 
 The policy is trained. The sampler, a second copy of the model, writes the completions that it is trained on.
-Every `--sync-steps` steps the sampler takes over the policy's weights: 1 is online, inf is offline. For the
-same completions of the toy train_dpo.py and train_grpo.py compute the same losses.
+Every `--sync-steps` steps the sampler takes over the policy's weights: 1 is online, inf is offline. Given the
+same completions of the toy, train_dpo.py and train_grpo.py compute the same losses and gradients.
 
-Shapes: G prompts of a step, N completions of each, B in all; T tokens of them, L with the prompt; P pairs.
+Shapes: G prompts, N completions of each, B in all; T tokens of one, L with its prompt; P pairs; V vocabulary.
 """
 
 import argparse

@@ -78,8 +78,8 @@ def test_losses_and_gradient_norms_are_those_of_the_script(algorithm, sync_steps
 
     rewarded = [completion["reward"] for group in groups for completion in group["completions"]]
     assert torch.cat(rewards[1:-1]).tolist() == rewarded
-    assert [x.item() for x in losses] == pytest.approx([m["loss"] for m in metrics], rel=1e-5, abs=1e-6)
-    assert [x.item() for x in norms] == pytest.approx([m["grad_norm"] for m in metrics], rel=1e-5)
+    assert [x.item() for x in losses] == pytest.approx([m["loss"] for m in metrics], rel=1e-4, abs=1e-6)
+    assert [x.item() for x in norms] == pytest.approx([m["grad_norm"] for m in metrics], rel=1e-4)
     if algorithm == "grpo":  # and the clip had something to do
         assert [m["clip_ratio"] > 0 for m in metrics[:4]] == [False, True, True, False]
 
@@ -175,6 +175,7 @@ def test_the_sampler_has_the_weights_that_the_policy_had_at_the_start_of_the_win
         return sample(model, tokenizer, rows[:16])
 
     def noting_clip(parameters, max_norm):
+        assert max_norm == train_dpo.TOY["grad_clip"] == train_grpo.TOY["grad_clip"]
         parameters = list(parameters)
         policies.append(torch.cat([p.detach().flatten() for p in parameters]))
         return clip(parameters, max_norm)
