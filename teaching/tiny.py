@@ -19,34 +19,35 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 TOY = Path(__file__).parent.parent / "toy"
-G, N, T = 32, 8, 8
+G, N, MAX_NEW_TOKENS = 32, 8, 8
 
 
 @torch.no_grad()
 def sample(model, tokenizer, rows):
-    """Writes a completion for each row at temperature 1: ids_BL, prompts first; mask_BL, 0 at padding."""
+    """A completion for each row at temperature 1: ids_BL, mask_BL (0 at padding), start of completions."""
     texts = [f"<|user|>{row['prompt']}<|assistant|>" for row in rows]
     ids_BL, mask_BL = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt").values()
-    unread_BL, cache, going_B1 = ids_BL, None, torch.ones_like(ids_BL[:, :1])
-    for _ in range(T):
+    start, going_B1 = ids_BL.shape[1], torch.ones_like(ids_BL[:, :1])
+    unread_BL, cache = ids_BL, None
+    while going_B1.any() and ids_BL.shape[1] < start + MAX_NEW_TOKENS:
         out = model(unread_BL, attention_mask=mask_BL, past_key_values=cache, logits_to_keep=1)
         unread_BL, cache = out.logits[:, -1].softmax(-1).multinomial(1), out.past_key_values
         ids_BL, mask_BL = torch.cat([ids_BL, unread_BL], -1), torch.cat([mask_BL, going_B1], -1)
         going_B1 = going_B1 * (unread_BL != tokenizer.eos_token_id)
-    return ids_BL, mask_BL
+    return ids_BL, mask_BL, start
 
 
-def score(tokenizer, ids_BL, mask_BL, rows):
+def score(tokenizer, ids_BL, mask_BL, start, rows):
     """reward_B: 1 where the completion is the row's answer, spaces around it aside, else 0."""
-    texts = tokenizer.batch_decode((ids_BL * mask_BL)[:, -T:], skip_special_tokens=True)  # id 0 is padding
+    texts = tokenizer.batch_decode((ids_BL * mask_BL)[:, start:], skip_special_tokens=True)  # id 0 is padding
     right = [text.strip() == row["answer"].strip() for text, row in zip(texts, rows, strict=True)]
     return torch.tensor(right).float()
 
 
-def token_logps(model, ids_BL, mask_BL):
+def token_logps(model, ids_BL, mask_BL, start):
     """logps_BT: the log-prob of each token of the completions, 0 at padding."""
-    logps_BTV = model(ids_BL, attention_mask=mask_BL, logits_to_keep=T + 1).logits[:, :-1].log_softmax(-1)
-    return logps_BTV.gather(-1, ids_BL[:, -T:, None]).squeeze(-1) * mask_BL[:, -T:]
+    logps_BTV = model(ids_BL, attention_mask=mask_BL).logits[:, start - 1 : -1].log_softmax(-1)
+    return logps_BTV.gather(-1, ids_BL[:, start:, None]).squeeze(-1) * mask_BL[:, start:]
 
 
 def dpo_loss(logps_BT, ref_BT, reward_B, seed, beta=3.0):
@@ -71,8 +72,7 @@ def grpo_loss(logps_BT, ref_BT, sampler_BT, mask_BT, reward_B, beta=0.001, clip=
     ratio_BT = (logps_BT - sampler_BT).exp()
     gain_BT = torch.min(ratio_BT.clamp(max=cap) * adv_B1, ratio_BT.clamp(1 - clip, 1 + clip) * adv_B1)
     kl_BT = (ref_BT - logps_BT).exp() - (ref_BT - logps_BT) - 1  # Schulman's k3
-    mask_BT = mask_BT * (adv_B1 != 0)  # a group of equal rewards teaches nothing, not even KL
-    return ((beta * kl_BT - gain_BT) * mask_BT).sum() / (G * N)
+    return ((beta * kl_BT - gain_BT) * mask_BT * (adv_B1 != 0)).sum() / (G * N)  # where A is 0, not even KL
 
 
 def train(algorithm, sync_steps, steps, seed):
@@ -93,18 +93,18 @@ def train(algorithm, sync_steps, steps, seed):
 
         # ---- sample: step by step, since the sampler stays as it is until the next sync
         rows = [row for row in random.sample(train_rows, G) for _ in range(N)]
-        ids_BL, mask_BL = sample(sampler, tokenizer, rows)
+        ids_BL, mask_BL, start = sample(sampler, tokenizer, rows)
 
         # ---- score
-        reward_B = score(tokenizer, ids_BL, mask_BL, rows)
+        reward_B = score(tokenizer, ids_BL, mask_BL, start, rows)
 
         # ---- update
-        logps_BT, ref_BT = (token_logps(model, ids_BL, mask_BL) for model in (policy, reference))
+        logps_BT, ref_BT = (token_logps(model, ids_BL, mask_BL, start) for model in (policy, reference))
         if algorithm == "dpo":
             loss = dpo_loss(logps_BT, ref_BT, reward_B, f"{seed} pair {step}")
         else:
-            sampler_BT = token_logps(sampler, ids_BL, mask_BL)
-            loss = grpo_loss(logps_BT, ref_BT, sampler_BT, mask_BL[:, -T:], reward_B)
+            sampler_BT = token_logps(sampler, ids_BL, mask_BL, start)
+            loss = grpo_loss(logps_BT, ref_BT, sampler_BT, mask_BL[:, start:], reward_B)
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
         optimizer.step()

@@ -28,16 +28,17 @@ def read(path):
 
 def padded(groups):
     """A step's rollouts as `tiny.sample` returns them, and the row of each completion."""
-    width = max(len(group["ids"]) for group in groups)
+    start = max(len(group["ids"]) for group in groups)
+    longest = max(len(completion["ids"]) for group in groups for completion in group["completions"])
     ids, mask, rows = [], [], []
     for group in groups:
         for completion in group["completions"]:
             sequence = group["ids"] + completion["ids"]
-            before, after = width - len(group["ids"]), tiny.T - len(completion["ids"])
+            before, after = start - len(group["ids"]), longest - len(completion["ids"])
             ids.append([0] * before + sequence + [0] * after)
             mask.append([0] * before + [1] * len(sequence) + [0] * after)
             rows.append(group)
-    return torch.tensor(ids), torch.tensor(mask), rows
+    return torch.tensor(ids), torch.tensor(mask), start, rows
 
 
 def note(monkeypatch, owner, name, results):
@@ -62,14 +63,12 @@ def test_losses_and_gradient_norms_are_those_of_the_script(algorithm, sync_steps
     command = [sys.executable, f"train_{algorithm}.py", *flags.split(), *files]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     metrics, groups = read(out / "metrics.jsonl"), read(rollouts)
-    longest = max(len(completion["ids"]) for group in groups for completion in group["completions"])
-    monkeypatch.setattr(tiny, "T", longest)  # less padding, to save time
     steps = [padded([group for group in groups if group["step"] == step]) for step in range(10)]
 
     calls = [steps[0], *steps, steps[0]]  # the first and the last are for the validations
     sampled, scored, score = iter(calls), iter(calls), tiny.score
-    monkeypatch.setattr(tiny, "sample", lambda model, tokenizer, rows: next(sampled)[:2])
-    monkeypatch.setattr(tiny, "score", lambda tokenizer, ids, mask, rows: score(tokenizer, *next(scored)))
+    monkeypatch.setattr(tiny, "sample", lambda model, tokenizer, rows: next(sampled)[:3])
+    monkeypatch.setattr(tiny, "score", lambda tokenizer, *_: score(tokenizer, *next(scored)))
     rewards, losses, norms = [], [], []
     note(monkeypatch, tiny, "score", rewards)
     note(monkeypatch, tiny, f"{algorithm}_loss", losses)
@@ -87,7 +86,8 @@ def test_losses_and_gradient_norms_are_those_of_the_script(algorithm, sync_steps
 @pytest.mark.parametrize("script", [train_dpo, train_grpo])
 def test_a_step_has_the_size_of_the_scripts(script):
     args = script.get_args([])
-    assert [args.prompts_per_step, args.samples_per_prompt, args.max_new_tokens] == [tiny.G, tiny.N, tiny.T]
+    assert (args.prompts_per_step, args.samples_per_prompt) == (tiny.G, tiny.N)
+    assert args.max_new_tokens == tiny.MAX_NEW_TOKENS
 
 
 def test_the_ratio_is_clipped_and_capped_as_in_the_script(monkeypatch):
@@ -117,7 +117,7 @@ def test_the_ratio_is_clipped_and_capped_as_in_the_script(monkeypatch):
 
 @pytest.mark.parametrize("reward", [0.0, 1.0])
 def test_equal_rewards_teach_nothing(reward):
-    logps_BT = torch.randn(tiny.G * tiny.N, tiny.T, requires_grad=True)
+    logps_BT = torch.randn(tiny.G * tiny.N, 4, requires_grad=True)
     zeros_BT, reward_B = torch.zeros(logps_BT.shape), torch.full((tiny.G * tiny.N,), reward)
     dpo = tiny.dpo_loss(logps_BT, zeros_BT, reward_B, "0")
     grpo = tiny.grpo_loss(logps_BT, zeros_BT, zeros_BT, torch.ones(logps_BT.shape), reward_B)
@@ -130,8 +130,8 @@ def test_completions_are_as_frequent_as_the_plain_model_says(tokenizer):
     torch.manual_seed(0)
     model, n = AutoModelForCausalLM.from_pretrained(TOY), 1000
     rows = [{"prompt": "1+9="}] * n + [{"prompt": "99+98="}]
-    ids_BL, mask_BL = tiny.sample(model, tokenizer, rows)
-    logps_BT = tiny.token_logps(model, ids_BL, mask_BL)
+    ids_BL, mask_BL, start = tiny.sample(model, tokenizer, rows)
+    logps_BT = tiny.token_logps(model, ids_BL, mask_BL, start)
     chat = [{"role": "user", "content": "1+9="}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     sequences = [tuple(ids[mask > 0].tolist()) for ids, mask in zip(ids_BL, mask_BL, strict=True)][:n]
@@ -143,20 +143,28 @@ def test_completions_are_as_frequent_as_the_plain_model_says(tokenizer):
         logps = logps_TV[range(len(completion)), completion].tolist()
         p = math.exp(sum(logps))
         assert abs(count / n - p) < 4 * math.sqrt(p * (1 - p) / n) and count > 20
-        zeros = [0.0] * (tiny.T - len(logps))
+        zeros = [0.0] * (logps_BT.shape[1] - len(logps))
         assert logps_BT[sequences.index(sequence)].tolist() == pytest.approx(logps + zeros, abs=1e-5)
     for sequence in sequences:
-        ended = sequence[-1] == END or len(sequence) == len(prompt) + tiny.T
+        ended = sequence[-1] == END or len(sequence) == len(prompt) + tiny.MAX_NEW_TOKENS
         assert ended and END not in sequence[:-1]
+
+
+def test_a_completion_is_cut_at_the_bound(tokenizer, monkeypatch):
+    monkeypatch.setattr(tiny, "MAX_NEW_TOKENS", 2)
+    model = AutoModelForCausalLM.from_pretrained(TOY)
+    ids_BL, mask_BL, start = tiny.sample(model, tokenizer, [{"prompt": "99+98="}, {"prompt": "1+1="}])
+    assert ids_BL.shape[1] == mask_BL.shape[1] == start + 2 and mask_BL[0, start:].tolist() == [1, 1]
 
 
 def test_a_reward_is_for_the_answer_alone(tokenizer):
     """Spaces around it aside, up to the end token; what stands in the padding is no part of the text."""
     texts = [" 13 ", "13", "13<|end|>", "134", "1 3", ""]
     ids = [tokenizer.encode(text) for text in texts]
-    ids_BT = torch.tensor([part + [9] * (tiny.T - len(part)) for part in ids])
-    mask_BT = torch.tensor([[1] * len(part) + [0] * (tiny.T - len(part)) for part in ids])
-    rewards = tiny.score(tokenizer, ids_BT, mask_BT, [{"answer": "13"}] * len(texts))
+    prompt = tokenizer.encode("13")  # which is not read
+    ids_BL = torch.tensor([prompt + part + [9] * (4 - len(part)) for part in ids])
+    mask_BL = torch.tensor([[1, 1] + [1] * len(part) + [0] * (4 - len(part)) for part in ids])
+    rewards = tiny.score(tokenizer, ids_BL, mask_BL, len(prompt), [{"answer": "13"}] * len(texts))
     assert rewards.tolist() == [1, 1, 1, 0, 0, 0]
 
 
@@ -191,9 +199,8 @@ def test_the_sampler_has_the_weights_that_the_policy_had_at_the_start_of_the_win
 
 
 def test_it_learns(monkeypatch, capsys):
-    """With half of the toy's prompts in a step, and with completions that are as long as a sum has to be."""
+    """With half of the toy's prompts in a step."""
     monkeypatch.setattr(tiny, "G", 16)
-    monkeypatch.setattr(tiny, "T", 4)
     tiny.train("grpo", 5.0, steps=25, seed=0)
     before, after = re.findall(r"^validation accuracy (\S+) ", capsys.readouterr().out, re.M)
     assert 0.17 < float(before) < 0.27 and float(after) > float(before) + 0.08
