@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TOY = Path(__file__).parent.parent / "toy"
 G, N, MAX_NEW_TOKENS = 32, 8, 8
@@ -76,7 +76,7 @@ def grpo_loss(logps_BT, ref_BT, sampler_BT, mask_BT, reward_B, beta=0.001, clip=
 
 
 def train(algorithm, sync_steps, steps, seed):
-    set_seed(seed)
+    torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
     policy = AutoModelForCausalLM.from_pretrained(TOY / "model")
     sampler = copy.deepcopy(policy).requires_grad_(False)
@@ -92,7 +92,7 @@ def train(algorithm, sync_steps, steps, seed):
             sampler.load_state_dict(policy.state_dict())
 
         # ---- sample: step by step, since the sampler stays as it is until the next sync
-        rows = [row for row in random.sample(train_rows, G) for _ in range(N)]
+        rows = [row for row in random.Random(f"{seed} prompts {step}").sample(train_rows, G) for _ in range(N)]
         ids_BL, mask_BL, start = sample(sampler, tokenizer, rows)
 
         # ---- score
