@@ -92,7 +92,7 @@ def train(algorithm, sync_steps, steps, seed):
             sampler.load_state_dict(policy.state_dict())
 
         # ---- sample: step by step, since the sampler stays as it is until the next sync
-        rows = [row for row in random.Random(f"{seed} prompts {step}").sample(train_rows, G) for _ in range(N)]
+        rows = [row for row in random.Random(f"{seed} {step}").sample(train_rows, G) for _ in range(N)]
         ids_BL, mask_BL, start = sample(sampler, tokenizer, rows)
 
         # ---- score
