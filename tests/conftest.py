@@ -1,6 +1,8 @@
 """Real parts on a CPU: the toy, one vLLM engine for all tests, gloo ranks started by torchrun. No network."""
 
 import importlib.metadata
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +29,8 @@ from sampler import load_sampler  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
 TOY = ROOT / "toy" / "model"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+SUMS = ROOT / "toy" / "valid.jsonl"  # 512: to check the 9488 to train on takes each start of a run a second
 
 
 def require_vllm():
@@ -141,17 +145,35 @@ def torchrun():
     """Runs a script of the project on `ranks` gloo ranks; returns the finished process."""
 
     def run(ranks, script, *arguments):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(ranks),
-        ]
-        command += [str(ROOT / script), *map(str, arguments)]
+        command = [*TORCHRUN, "--nproc-per-node", str(ranks), str(ROOT / script), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def script(tmp_path_factory):
+    """Runs a script of the project in a process that forks.py makes, or on as many ranks, which nothing is
+    started for; returns the finished process. code: the exit code that it must have.
+    """
+    forks = [sys.executable, ROOT / "tests" / "forks.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen(forks, **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    console, numbers = tmp_path_factory.mktemp("console"), itertools.count()
+
+    def run(name, *flags, ranks=0, code=0, cwd=None):
+        number = next(numbers)
+        files = {kind: str(console / f"{kind}-{number}") for kind in ("stdout", "stderr")}
+        job = {"script": str(ROOT / name), "flags": [*map(str, flags)], "ranks": ranks, "seconds": 300}
+        job |= {"cwd": str(cwd or Path.cwd()), "environment": dict(os.environ), **files}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        found = int(server.stdout.readline())
+        stdout, stderr = (Path(file).read_text() for file in files.values())
+        assert found == code, stderr[-3000:]
+        return subprocess.CompletedProcess(job, found, stdout, stderr)
+
+    with server:
+        yield run

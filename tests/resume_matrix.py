@@ -16,7 +16,7 @@ import train_dpo
 import train_grpo
 import window
 
-DATA = Path(__file__).parent.parent / "toy"
+SUMS = Path(__file__).parent.parent / "toy" / "valid.jsonl"
 STEPS = 7
 CUTS = {"1": [3], "4": [2, 4, 5], "inf": [2, 5]}  # 4: inside a window, at its edge, inside the next
 FLAGS = {
@@ -28,7 +28,7 @@ FLAGS = {
 def argv(directory: Path, s: str) -> list[str]:
     flags = f"--steps {STEPS} --sync-steps {s} --prompts-per-step 5 --samples-per-prompt 4"
     flags += f" --eval-every 3 --save-every 1 --keep {STEPS} --log-samples -1 --sampler hf --warmup-steps 3"
-    flags += f" --eval-data {directory}/valid.jsonl --data {DATA}/train.jsonl"
+    flags += f" --eval-data {directory}/valid.jsonl --data {SUMS}"
     return flags.split()
 
 

@@ -425,12 +425,11 @@ def test_bad_input(script, flags, said, tmp, device, capsys, monkeypatch):
         ({"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK is '0': "),
     ],
 )
-def test_ranks_without_torchrun(tmp, environment, said):
-    command = [sys.executable, str(ROOT / "train_grpo.py"), "--sampler", "hf"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp, env=os.environ | environment, check=False
-    )
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+def test_ranks_without_torchrun(script, tmp, monkeypatch, environment, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = script("train_grpo.py", "--sampler", "hf", cwd=tmp, code=2)
+    assert done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"train_grpo.py: error: {said}") and "torchrun" in done.stderr
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -88,8 +87,8 @@ def test_completions_that_nothing_scores_leave_the_mean_open_and_are_no_failures
 
 
 @pytest.fixture(scope="module")
-def whole(torchrun, tmp):
-    torchrun(1, "evaluate.py", "--data", tmp / "valid.jsonl", "--out", tmp / "whole", *COMMON)
+def whole(script, tmp):
+    script("evaluate.py", "--data", tmp / "valid.jsonl", "--out", tmp / "whole", *COMMON, ranks=1)
     return tmp / "whole"
 
 
@@ -106,8 +105,8 @@ def test_the_files_agree_with_each_other_and_with_the_model(whole):
     assert sorted(f.name for f in whole.iterdir()) == ["args.json", "completions.jsonl", "results.json"]
 
 
-def test_ranks_do_not_change_the_completions(whole, torchrun, tmp):
-    torchrun(2, "evaluate.py", "--data", tmp / "valid.jsonl", "--out", tmp / "two", *COMMON)
+def test_ranks_do_not_change_the_completions(whole, script, tmp):
+    script("evaluate.py", "--data", tmp / "valid.jsonl", "--out", tmp / "two", *COMMON, ranks=2)
     assert (tmp / "two" / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
 
 
@@ -269,12 +268,10 @@ def test_a_run_directory_a_model_directory_and_a_hub_name_are_all_models(tmp_pat
     assert evaluate.find_model("meta-llama/Llama-3.1-8B-Instruct") == "meta-llama/Llama-3.1-8B-Instruct"
 
 
-def test_an_evaluation_is_not_mixed_with_another(whole, tmp):
-    command = [sys.executable, ROOT / "evaluate.py", "--data", tmp / "valid.jsonl", "--out", whole, *COMMON]
+def test_an_evaluation_is_not_mixed_with_another(whole, script, tmp, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     before = {f.name: f.stat().st_mtime_ns for f in whole.iterdir()}
-    environment = {**os.environ, "COLUMNS": "80"}
-    done = subprocess.run(
-        [*command, "--seed", "5"], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 2 and "holds an evaluation with other settings (--seed 0, now 5)" in done.stderr
+    flags = ["--data", tmp / "valid.jsonl", "--out", whole, *COMMON, "--seed", "5"]
+    done = script("evaluate.py", *flags, code=2)
+    assert "holds an evaluation with other settings (--seed 0, now 5)" in done.stderr
     assert before == {f.name: f.stat().st_mtime_ns for f in whole.iterdir()}

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
 
 import pytest
@@ -170,15 +169,14 @@ def test_missing_columns_and_too_few_rows_are_named(tmp_path):
         ("amc23 --out {tmp}/done", "{tmp}/done: holds rows already"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(flags, said, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(script, flags, said, tmp_path):
     (tmp_path / "columns.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "number.jsonl").write_text("5\n")
     (tmp_path / "null.jsonl").write_text('{"question": "P", "answer": null}\n')
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "manifest.json").write_text("{}")
-    command = [sys.executable, ROOT / "paper" / "prepare.py", *flags.format(tmp=tmp_path).split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = script("paper/prepare.py", *flags.format(tmp=tmp_path).split(), cwd=tmp_path, code=2)
     error = done.stderr[done.stderr.rfind("\r") + 1 :].strip()
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr
     assert error.splitlines()[-1].startswith("prepare.py: error: ") and said.format(tmp=tmp_path) in error
     assert not (tmp_path / "datasets").exists()

@@ -1,15 +1,12 @@
 """The model card, and the loggers that are asked for by flag."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SUMS
 
 from export import model_card
 from metrics import Sums
@@ -89,20 +86,28 @@ def init(project, name, config, dir, id, resume):
 """
 
 
-def short(tmp_path, *flags):
-    valid = (ROOT / "toy" / "valid.jsonl").read_text().splitlines(keepends=True)
+@pytest.fixture
+def short(script, tmp_path):
+    """A short run in a directory of its own, in which it looks for modules first. before: a program's lines
+    that come before it.
+    """
+    valid = SUMS.read_text().splitlines(keepends=True)
     (tmp_path / "valid.jsonl").write_text("".join(valid[:8]))
-    command = [sys.executable, ROOT / "train_grpo.py", "--sampler", "hf", "--steps", "2", "--eval-every", "2"]
-    command += ["--prompts-per-step", "4", "--eval-data", "valid.jsonl", "--out", "run", *flags]
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+
+    def run(*flags, before="", code=0):
+        main = "import processes, train_grpo\nprocesses.launch(train_grpo.main)\n"
+        path = f"import sys\nsys.path.insert(1, {str(ROOT)!r})\n"
+        (tmp_path / "program.py").write_text(path + before + main)
+        common = ["--sampler", "hf", "--steps", "2", "--eval-every", "2", "--prompts-per-step", "4"]
+        common += ["--data", SUMS, "--eval-data", "valid.jsonl", "--out", "run"]
+        return script(tmp_path / "program.py", *common, *flags, cwd=tmp_path, code=code)
+
+    return run
 
 
-def test_wandb_gets_what_the_file_gets(tmp_path):
+def test_wandb_gets_what_the_file_gets(short, tmp_path):
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
-    done = short(tmp_path, "--wandb", "proj")
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = short("--wandb", "proj")
     first, *logged, last = (tmp_path / "wandb.txt").read_text().splitlines()
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     number = json.loads((tmp_path / "run" / "args.json").read_text())["id"]  # a resumed run keeps it
@@ -156,14 +161,13 @@ def history(directory):
     return name, steps
 
 
-def test_the_real_wandb_gets_what_the_file_gets_also_from_a_resumed_run(tmp_path, monkeypatch):
+def test_the_real_wandb_gets_what_the_file_gets_also_from_a_resumed_run(short, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     found, names = {}, set()
     for steps in ("2", "4"):
-        done = short(tmp_path, "--wandb", "proj", "--resume", "auto", "--save-every", "2", "--steps", steps)
-        assert done.returncode == 0, done.stderr[-2000:]
+        short("--wandb", "proj", "--resume", "auto", "--save-every", "2", "--steps", steps)
         name, logged = history(tmp_path / "run")
         names.add(name)
         for step, metrics in logged.items():
@@ -178,12 +182,11 @@ def test_the_real_wandb_gets_what_the_file_gets_also_from_a_resumed_run(tmp_path
     assert names == {json.loads((tmp_path / "run" / "args.json").read_text())["id"]}
 
 
-def test_tensorboard_gets_what_the_file_gets(tmp_path):
+def test_tensorboard_gets_what_the_file_gets(short, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    done = short(tmp_path, "--tensorboard")
-    assert done.returncode == 0, done.stderr[-2000:]
+    short("--tensorboard")
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [m for m in metrics if "reward" in m]
@@ -195,14 +198,13 @@ def test_tensorboard_gets_what_the_file_gets(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "package"), [(["--wandb", "p"], "wandb"), (["--tensorboard"], "tensorboard")]
 )
-def test_a_missing_logger_is_one_line(tmp_path, flags, package):
+def test_a_missing_logger_is_one_line(short, tmp_path, flags, package):
     hide = f"""
 import importlib.util as u
 find = u.find_spec
 u.find_spec = lambda name, *a: None if name == {package!r} else find(name, *a)
 """
-    (tmp_path / "sitecustomize.py").write_text(hide)
-    done = short(tmp_path, *flags)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    done = short(*flags, before=hide, code=2)
+    assert done.stderr.count("\n") == 1
     assert f"--{package}: not installed; `pip install {package}`" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -5,13 +5,11 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from argparse import ArgumentError
 
 import pytest
 import torch
-from conftest import ROOT, TOY, engine, logps_of, require_vllm
+from conftest import ROOT, SUMS, TOY, engine, logps_of, require_vllm
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TopPLogitsWarper
 
 from data import Row
@@ -323,12 +321,10 @@ def test_a_tied_matrix_that_is_forgotten_is_caught(kind, device, tokenizer, tmp_
 
 
 @pytest.mark.parametrize("family", ["Qwen3MoeConfig", "MixtralConfig"])
-def test_experts_are_reloaded_and_the_proof_covers_each(family):
+def test_experts_are_reloaded_and_the_proof_covers_each(script, family):
     """In a process of its own: after an engine without experts vLLM starts none that has some."""
     require_vllm()
-    command = [sys.executable, ROOT / "tests" / "experts.py", family]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    script("tests/experts.py", family)
 
 
 class Tensors(torch.nn.Module):
@@ -462,7 +458,7 @@ def test_the_toy_samples_about_one_completion_in_four_right(device, tokenizer):
 
 
 @pytest.mark.parametrize("end", ["done", "signal", "SyncError", "another rank has left"])
-def test_whatever_ends_a_run_shuts_the_engine_down_once(end, tmp_path):
+def test_whatever_ends_a_run_shuts_the_engine_down_once(script, end, tmp_path):
     """By its core's own method, and before its process ends."""
     require_vllm()
     program = tmp_path / "program.py"
@@ -482,12 +478,10 @@ def test_whatever_ends_a_run_shuts_the_engine_down_once(end, tmp_path):
         "def shutdown(self):\n    print('shut down', flush=True)\n    shut(self)\n"
         "rewards.Scorer.score, EngineCore.shutdown = score, shutdown\nprocesses.launch(train_dpo.main)\n"
     )
-    flags = ["--steps", "2", "--eval-every", "0", "--prompts-per-step", "4", "--out", tmp_path / "run"]
-    done = subprocess.run(
-        [sys.executable, program, *flags], capture_output=True, text=True, timeout=120, check=False
-    )
+    flags = ["--steps", "2", "--eval-every", "0", "--prompts-per-step", "4", "--data", SUMS]
+    flags += ["--out", tmp_path / "run"]
     codes = {"done": 0, "signal": 75, "SyncError": 1, "another rank has left": 1}
-    assert done.returncode == codes[end], done.stderr[-2000:]
+    done = script(program, *flags, code=codes[end])
     assert done.stdout.count("shut down") == 1 and "Traceback" not in done.stderr
 
 

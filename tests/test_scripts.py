@@ -1,8 +1,6 @@
 """The two scripts are siblings: what both have means the same. Defaults: the paper's, or the toy's."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +32,7 @@ def test_shared_flags_are_declared_alike_and_in_the_same_order():
         assert mine == other or name == "--beta"
 
 
-def test_shared_flags_do_the_same(tmp_path):
+def test_shared_flags_do_the_same(script, tmp_path):
     """Both scripts ask the same prompts at the same steps, reload at the same steps, and, as long as the
     sampler has its first weights, draw the same completions and log them alike.
     """
@@ -51,10 +49,9 @@ def test_shared_flags_do_the_same(tmp_path):
     ]
     flags += ["--eval-every", "2", "--save-every", "2", "--keep", "1", "--warmup-steps", "2", "--lr", "1e-4"]
     found = []
-    for script in ("train_dpo", "train_grpo"):
-        out = tmp_path / script
-        command = [sys.executable, ROOT / f"{script}.py", *flags, "--out", out]
-        subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    for algorithm in ("train_dpo", "train_grpo"):
+        out = tmp_path / algorithm
+        script(f"{algorithm}.py", *flags, "--out", out)
         samples, metrics = (
             [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
             for name in ("samples", "metrics")

@@ -2,26 +2,24 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from argparse import ArgumentError
 
 import pytest
 import torch
-from conftest import ROOT, TOY, require_vllm
+from conftest import ROOT, SUMS, TOY, require_vllm
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from export import rehearse_export
 from loading import load_policy
 
-SHORT = ["--prompts-per-step", "9", "--samples-per-prompt", "4", "--eval-data", "{tmp}/valid.jsonl"]
+SHORT = f"--prompts-per-step 9 --samples-per-prompt 4 --data {SUMS} --eval-data {{tmp}}/valid.jsonl".split()
 
 
 @pytest.fixture(scope="module")
 def tmp(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
-    valid = (ROOT / "toy" / "valid.jsonl").read_text().splitlines(keepends=True)
+    valid = SUMS.read_text().splitlines(keepends=True)
     (directory / "valid.jsonl").write_text("".join(valid[:30]))
     return directory
 
@@ -83,9 +81,8 @@ def test_two_ranks_with_vllm_sync_when_they_should(torchrun, tmp):
 def rollouts(torchrun, tmp):
     """What an offline run sampled; the next tests train on it."""
     flags = ["--steps", 8, "--sync-steps", "inf", "--eval-every", 4, "--sampler", "hf", "--log-samples", 0]
-    torchrun(
-        1, "train_dpo.py", *short(tmp, *flags, "--out", tmp / "offline", "--save-rollouts", tmp / "r.jsonl")
-    )
+    out = ["--out", tmp / "offline", "--save-rollouts", tmp / "r.jsonl"]
+    torchrun(1, "train_dpo.py", *short(tmp, *flags, *out))
     return tmp / "r.jsonl"
 
 
@@ -105,21 +102,22 @@ def test_offline_keeps_its_first_weights_and_saves_what_it_sampled(rollouts, tmp
 
 
 @pytest.mark.parametrize(
-    ("script", "smallest", "flags"),
+    ("name", "smallest", "flags"),
     [
         ("train_dpo.py", 64, []),
         ("train_grpo.py", 32, []),
         ("train_grpo.py", 32, ["--loss-norm", "token", "--no-std-norm", "--beta", 0.1]),
     ],
 )
-def test_ranks_and_micro_batches_do_not_change_the_update(torchrun, rollouts, tmp, script, smallest, flags):
+def test_ranks_and_micro_batches_do_not_change_the_update(script, rollouts, tmp, name, smallest, flags):
     """13 prompts over 2 ranks: unequal shares, and unequal numbers of micro-batches."""
     norms, weights = {}, {}
     common = ["--rollouts", rollouts, "--sync-steps", "inf", "--steps", 2, "--eval-every", 0, *flags]
     common += ["--sampler", "hf", "--prompts-per-step", 13]
     for ranks, tokens in [(1, 4096), (1, 100), (1, smallest), (2, smallest)]:
-        out = tmp / f"{script}{len(flags)}-{ranks}-{tokens}"
-        torchrun(ranks, script, *short(tmp, *common, "--micro-batch-tokens", tokens, "--out", out))
+        out = tmp / f"{name}{len(flags)}-{ranks}-{tokens}"
+        more = ["--micro-batch-tokens", tokens, "--out", out]
+        script(name, *short(tmp, *common, *more), ranks=ranks)
         norms[ranks, tokens] = [m["grad_norm"] for m in read(out / "metrics.jsonl")]
         weights[ranks, tokens] = torch.cat(
             [t.flatten() for t in load_file(out / "model/model.safetensors").values()]
@@ -131,25 +129,25 @@ def test_ranks_and_micro_batches_do_not_change_the_update(torchrun, rollouts, tm
         assert (got - wanted).norm() / wanted.norm() < 1e-5
 
 
-@pytest.mark.parametrize("script", ["train_dpo.py", "train_grpo.py"])
-def test_two_replicas_of_two_shards_are_like_one_rank(torchrun, rollouts, tmp, script):
+@pytest.mark.parametrize("name", ["train_dpo.py", "train_grpo.py"])
+def test_two_replicas_of_two_shards_are_like_one_rank(script, rollouts, tmp, name):
     """On the same rollouts, and on the rest of a window that one rank goes on with."""
     common = ["--sampler", "hf", "--prompts-per-step", 13, "--eval-every", 0]
     file = ["--rollouts", rollouts, "--sync-steps", "inf", "--steps", 2, "--micro-batch-tokens", 64]
-    one, four = (tmp / f"shards-{script}-{ranks}" for ranks in (1, 4))
-    torchrun(1, script, *short(tmp, *common, *file, "--out", one))
-    torchrun(4, script, *short(tmp, *common, *file, "--shard-ranks", 2, "--out", four))
+    one, four = (tmp / f"shards-{name}-{ranks}" for ranks in (1, 4))
+    script(name, *short(tmp, *common, *file, "--out", one))
+    script(name, *short(tmp, *common, *file, "--shard-ranks", 2, "--out", four), ranks=4)
     norms = [[m["grad_norm"] for m in read(out / "metrics.jsonl")] for out in (one, four)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
     assert (flat(four / "model") - flat(one / "model")).norm() / flat(one / "model").norm() < 1e-5
 
-    straight, again = (tmp / f"{name}-{script}" for name in ("straight", "again"))
+    straight, again = (tmp / f"{kind}-{name}" for kind in ("straight", "again"))
     flags = [*common, "--sync-steps", 2, "--sync-ref", "--steps", 4, "--save-every", 3]
-    torchrun(4, script, *short(tmp, *flags, "--shard-ranks", 2, "--out", straight))
+    script(name, *short(tmp, *flags, "--shard-ranks", 2, "--out", straight), ranks=4)
     gaps = [m["sampler/logp_gap_max"] for m in read(straight / "metrics.jsonl") if m["step"] % 2 == 0]
     assert len(gaps) == 2 and max(gaps) < 1e-4  # reloads from the two shards of a replica
     shutil.copytree(straight, again, ignore=shutil.ignore_patterns("model"))
-    torchrun(1, script, *short(tmp, *flags, "--out", again, "--resume", "auto"))
+    script(name, *short(tmp, *flags, "--out", again, "--resume", "auto"))
     wanted = flat(straight / "model")
     assert (flat(again / "model") - wanted).norm() / wanted.norm() < 1e-5
     held = sum(file.stat().st_size for file in (straight / "checkpoints" / "step-000003").glob("*.distcp"))
@@ -157,10 +155,10 @@ def test_two_replicas_of_two_shards_are_like_one_rank(torchrun, rollouts, tmp, s
     assert 4 * 4 * len(wanted) < held < 1.2 * 4 * 4 * len(wanted)
 
 
-def test_grpo_with_stale_samples_and_a_moving_reference(torchrun, tmp):
+def test_grpo_with_stale_samples_and_a_moving_reference(script, tmp):
     out = tmp / "grpo"
     flags = "--steps 4 --sync-steps 2 --eval-every 3 --sync-ref --lr 1e-3 --beta 0.01 --sampler hf".split()
-    torchrun(2, "train_grpo.py", *short(tmp, *flags, "--out", out))
+    script("train_grpo.py", *short(tmp, *flags, "--out", out), ranks=2)
     steps = [m for m in read(out / "metrics.jsonl") if "loss" in m]
     assert [m["sync/age"] for m in steps] == [0, 1, 0, 1]
     # right after a reload the policy is the reference, and nothing is clipped
@@ -169,19 +167,19 @@ def test_grpo_with_stale_samples_and_a_moving_reference(torchrun, tmp):
     assert all(0 < m["entropy"] < 4.2 and 0 < m["kl"] + 1e-9 < 1 for m in steps)
 
 
-def test_online_grpo_needs_no_reference_that_follows(torchrun, tmp):
+def test_online_grpo_needs_no_reference_that_follows(script, tmp):
     out = tmp / "online"
-    torchrun(1, "train_grpo.py", *short(tmp, "--steps", 2, "--sync-ref", "--sampler", "hf", "--out", out))
+    script("train_grpo.py", *short(tmp, "--steps", 2, "--sync-ref", "--sampler", "hf", "--out", out))
     assert [m["kl"] for m in read(out / "metrics.jsonl") if "loss" in m] == [0, 0]
 
 
-def test_grpo_without_anything_to_learn_changes_nothing(torchrun, tmp):
+def test_grpo_without_anything_to_learn_changes_nothing(script, tmp):
     """Rewards that are all equal: counted, no gradient, and weights as they were (no decay either)."""
     rows = [{"prompt": f"{i}+{i}=", "reward": "exact", "answer": "never"} for i in range(20)]
     (tmp / "never.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp / "equal"
     flags = ["--data", tmp / "never.jsonl", "--steps", 2, "--eval-every", 0, "--sampler", "hf", "--out", out]
-    torchrun(2, "train_grpo.py", *short(tmp, *flags))
+    script("train_grpo.py", *short(tmp, *flags), ranks=2)
     steps = read(out / "metrics.jsonl")
     assert [(m["frac_reward_zero_std"], m["grad_norm"], m["loss"], m["reward"]) for m in steps] == [
         (1, 0, 0, 0)
@@ -189,21 +187,20 @@ def test_grpo_without_anything_to_learn_changes_nothing(torchrun, tmp):
     assert torch.equal(flat(out / "model"), flat(TOY))
 
 
-def test_a_sampler_that_keeps_its_weights_stops_the_run_at_the_first_reload(tmp):
+def test_a_sampler_that_keeps_its_weights_stops_the_run_at_the_first_reload(script, tmp):
     flags = short(tmp, "--steps", 4, "--sampler", "hf", "--out", tmp / "stuck")
-    program = (
-        "import processes, sampler_hf, train_dpo\n"
+    program = tmp / "program.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport processes, sampler_hf, train_dpo\n"
         "def reload(self, weights, version):\n"
         "    list(weights)\n"
         "    self.version = version\n"
         "sampler_hf.HFSampler.reload = reload\n"
         f"processes.launch(lambda: train_dpo.main({flags!r}))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = script(program, code=1)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr
     assert last.startswith("the sampler (version 1) does not hold the policy's weights")
     assert [m["step"] for m in read(tmp / "stuck" / "metrics.jsonl") if "loss" in m] == [0]
 
@@ -212,15 +209,15 @@ def test_a_sampler_that_keeps_its_weights_stops_the_run_at_the_first_reload(tmp)
     "settings",
     [{"temperature": 0.7, "top_p": 0.8}, {"num_beams": 1, "length_penalty": 2.0, "early_stopping": True}],
 )
-def test_a_generation_config_that_transformers_would_not_save_is_carried_over(settings, torchrun, tmp):
+def test_a_generation_config_that_transformers_would_not_save_is_carried_over(settings, script, tmp):
     """It loads, and saving it again raises: after the whole run, if nobody looks before."""
     model = shutil.copytree(TOY, tmp / f"odd{len(settings)}")
     text = json.dumps({"eos_token_id": 3, **settings})
     (model / "generation_config.json").write_text(text)
-    rows = ["--data", ROOT / "toy/train.jsonl", "--max-prompt-tokens", "24", "--max-new-tokens", "8"]
+    lengths = ["--max-prompt-tokens", "24", "--max-new-tokens", "8"]
     flags = ["--sampler", "hf", "--steps", "1", "--eval-every", "0", "--no-activation-checkpointing"]
     out = tmp / f"run{len(settings)}"
-    torchrun(2, "train_dpo.py", *short(tmp, "--model", model, *rows, *flags, "--out", out))
+    script("train_dpo.py", *short(tmp, "--model", model, *lengths, *flags, "--out", out), ranks=2)
     assert (out / "model" / "generation_config.json").read_text() == text
     AutoModelForCausalLM.from_pretrained(out / "model")
 
