@@ -1,4 +1,4 @@
-"""Real parts on a CPU: the toy, one vLLM engine for all tests, gloo ranks started by torchrun. No network."""
+"""Real parts on a CPU: the toy, one vLLM engine for all tests, gloo ranks, processes that end. No network."""
 
 import importlib.metadata
 import itertools
@@ -30,7 +30,7 @@ from tokenizer import load_tokenizer  # noqa: E402
 
 TOY = ROOT / "toy" / "model"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-SUMS = ROOT / "toy" / "valid.jsonl"  # 512: to check the 9488 to train on takes each start of a run a second
+SUMS = ROOT / "toy" / "valid.jsonl"  # 512 rows; to check the 9488 to train on takes every run a second
 
 
 def require_vllm():
@@ -142,7 +142,7 @@ def prompts(tokenizer):
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """Runs a script of the project on `ranks` gloo ranks; returns the finished process."""
+    """Runs a script of the project on gloo ranks that torchrun starts; returns the finished process."""
 
     def run(ranks, script, *arguments):
         command = [*TORCHRUN, "--nproc-per-node", str(ranks), str(ROOT / script), *map(str, arguments)]
@@ -155,8 +155,11 @@ def torchrun():
 
 @pytest.fixture(scope="session")
 def script(tmp_path_factory):
-    """Runs a script of the project in a process that forks.py makes, or on as many ranks, which nothing is
-    started for; returns the finished process. code: the exit code that it must have.
+    """Runs a script of the project in a process that forks.py makes, and returns the finished process: what
+    python and torchrun do, without the seconds that their imports take.
+
+    ranks: gloo ranks to run it on; 0: one process without the variables that torchrun sets. code: the exit
+    code that it must have.
     """
     forks = [sys.executable, ROOT / "tests" / "forks.py"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -336,5 +336,5 @@ def test_clip_returns_the_norm_before(policy):
     assert clip_gradients(policy, 1.0) == 0 and math.isfinite(norm)
 
 
-def test_replicas_read_the_model_once_and_add_up_gradients_once(torchrun):
-    torchrun(4, "tests/replicas.py")
+def test_replicas_read_the_model_once_and_add_up_gradients_once(script):
+    script("tests/replicas.py", ranks=4)
