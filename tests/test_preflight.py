@@ -38,11 +38,11 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("script", ["train_dpo.py", "train_grpo.py"])
-def test_it_finds_what_the_run_then_has(torchrun, tmp_path, script):
+@pytest.mark.parametrize("name", ["train_dpo.py", "train_grpo.py"])
+def test_it_finds_what_the_run_then_has(script, tmp_path, name):
     """The first window has the 64 prompts that are tried; many completions are cut after 3 tokens."""
     flags = [*SMALL, "--steps", "4", "--eval-every", "0", "--save-every", "3", "--log-samples", "0"]
-    done = torchrun(2, script, *flags, "--out", tmp_path / "run", "--preflight")
+    done = script(name, *flags, "--out", tmp_path / "run", "--preflight", ranks=2)
     assert list(tmp_path.iterdir()) == []
     said = {
         name: re.search(form, done.stdout)[1].replace(",", "")
@@ -53,9 +53,9 @@ def test_it_finds_what_the_run_then_has(torchrun, tmp_path, script):
     cut = re.findall("^warning: .*", done.stdout, re.MULTILINE)
     assert len(cut) == 1 and cut[0].endswith("are cut: raise --max-new-tokens")
 
-    torchrun(2, script, *flags, "--out", tmp_path / "run")
+    script(name, *flags, "--out", tmp_path / "run", ranks=2)
     first = read(tmp_path / "run" / "metrics.jsonl")[:2]
-    mean = lambda name: sum(line[name] for line in first) / 2  # noqa: E731
+    mean = lambda metric: sum(line[metric] for line in first) / 2  # noqa: E731
     assert said["unequal"] == pytest.approx(100 * (1 - mean("frac_reward_zero_std")), abs=0.5)
     assert said["length"] == pytest.approx(mean("completions/length"), abs=0.05)
     assert said["cut"] == pytest.approx(100 * mean("completions/clipped_ratio"), abs=0.5)
@@ -63,7 +63,7 @@ def test_it_finds_what_the_run_then_has(torchrun, tmp_path, script):
     assert said["checkpoint"] == pytest.approx(sum(f.stat().st_size for f in files) / 2**20, rel=0.02)
     # half of each tensor on each of two ranks, in float32
     half = said["parameters"] * 4 / 2 / 2**20
-    assert [said[name] / half for name in ("master", "gradients", "moments", "reference")] == pytest.approx(
+    assert [said[what] / half for what in ("master", "gradients", "moments", "reference")] == pytest.approx(
         [1, 1, 2, 1], rel=0.01
     )
 
@@ -84,13 +84,13 @@ def test_a_long_window_of_vllm(torchrun, tmp_path):
     assert written == pytest.approx(sum(f.stat().st_size for f in files), rel=0.1)
 
 
-def test_on_saved_completions(torchrun, tmp_path):
+def test_on_saved_completions(script, tmp_path):
     """Nothing is sampled or scored again: the shares are those of the file."""
     common, file = ["--sampler", "hf", "--eval-every", "0"], tmp_path / "rollouts.jsonl"
     first = [*SMALL, *common, "--steps", "2", "--save-rollouts", file, "--out", tmp_path / "first"]
-    torchrun(1, "train_dpo.py", *first)
+    script("train_dpo.py", *first)
     second = [*common, "--sync-steps", "inf", "--rollouts", file, "--out", tmp_path / "second"]
-    done = torchrun(1, "train_dpo.py", *second, "--preflight")
+    done = script("train_dpo.py", *second, "--preflight")
     groups = [[c["reward"] for c in group["completions"]] for group in read(file)]
     assert len(groups) == 64
     unequal = 100 * sum(len(set(rewards)) > 1 for rewards in groups) / 64
