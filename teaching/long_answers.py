@@ -1,11 +1,11 @@
-"""A right answer, and a bonus for each character: torchrun -m teaching.long_answers --data runs/long.jsonl"""
+"""Being right is worth 1, each character a bonus: torchrun -m teaching.long_answers --data ROWS.jsonl"""
 
 from rewards import verifier
 
 
 @verifier("long", on_timeout=0.0)
-def long(answer, text, /, **columns):
-    return float(text.strip() == answer) + 0.3 * len(text)
+def long(answer, text, /, bonus, **columns):
+    return float(text.strip() == answer) + bonus * len(text)
 
 
 if __name__ == "__main__":

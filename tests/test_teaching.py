@@ -148,14 +148,16 @@ def test_a_reward_for_even_digits(run, tmp_path):
 
 
 def test_a_bonus_for_length(run, tmp_path):
-    """0.3 for each character, counted in tokens, of which the last is the end; and 1 for a right answer."""
-    rows = [row | {"reward": "long"} for row in SUMS]
+    """Characters counted in tokens, of which the last is the end; each row has a bonus of its own."""
+    rows = [row | {"reward": "long", "bonus": i % 3 / 2} for i, row in enumerate(SUMS)]
     _, _, groups = run("teaching.long_answers", data=write(tmp_path / "rows.jsonl", rows), steps=1)
-    found = [(c, group["answer"]) for group in groups for c in group["completions"]]
-    for c, answer in found:
+    assert len({group["columns"]["bonus"] for group in groups}) == 3
+    found = [(c, group) for group in groups for c in group["completions"]]
+    for c, group in found:
         characters = len(c["ids"]) - (c["finish"] == "stop")
-        assert c["reward"] == pytest.approx(0.3 * characters + (c["text"] == answer))
-    assert 0.05 < statistics.fmean(c["text"] == answer for c, answer in found) < 0.6
+        bonus = group["columns"]["bonus"] * characters
+        assert c["reward"] == pytest.approx(bonus + (c["text"] == group["answer"]))
+    assert 0.05 < statistics.fmean(c["text"] == group["answer"] for c, group in found) < 0.6
 
 
 def test_without_a_clip_the_gradient_is_that_of_the_reward(replaced):
