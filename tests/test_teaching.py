@@ -3,17 +3,24 @@
 import json
 import math
 import multiprocessing
+import os
 import re
 import runpy
+import shlex
+import shutil
 import statistics
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TOY, engine
 from transformers import AutoModelForCausalLM
 
+import evaluate
 import sampler_hf
+import train_dpo
 import train_grpo
 from data import Row
 from sampler_check import SyncError, self_test
@@ -221,3 +228,65 @@ def test_group_dpo_with_a_grpo_loss(run):
     assert metrics[0]["loss"] == pytest.approx(by_hand / 8, rel=1e-4)
     plain, *_ = run("train_dpo", "--all-pairs", "--sync-steps", "10", steps=10)
     assert abs(metrics[0]["grad_norm"] - plain[0]["grad_norm"]) > 1e-3  # it does pull
+
+
+def test_the_commands_of_the_exercises_parse_and_write_what_the_tables_read():
+    scripts = {"train_dpo": train_dpo, "train_grpo": train_grpo, "evaluate": evaluate}
+    exercises = re.split(r"^## (?=\d)", (ROOT / "teaching" / "exercises.md").read_text(), flags=re.M)[1:]
+    assert len(exercises) == 10
+    for exercise in exercises:
+        commands = "".join(re.findall(r"^```\n(.*?)^```", exercise, re.M | re.S)).replace("\\\n", " ")
+        written = set()
+        for command in re.findall(r"^torchrun (?:-m )?(.*)", commands, re.M):
+            script, *flags = shlex.split(command)
+            if script.startswith("teaching."):
+                answer = (ROOT / f"{script.replace('.', '/')}.py").read_text()
+                script = re.search(r"launch\((?:lambda: )?(\w+)\.main", answer)[1]
+            args = scripts[script.removesuffix(".py")].get_args(flags)
+            assert args.sampler == "hf" and args.seed == 0
+            written.add(str(args.out))
+        rows = [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| `.*", exercise, re.M)]
+        assert rows and {run for _, cell, *_ in rows for run in re.findall(r"`(\S+)`", cell)} <= written
+        assert all(re.fullmatch(r"\S+ ± \S+", expected) for _, _, _, _, expected, *_ in rows)
+
+
+PAGE = """# Exercises
+
+## 1. As expected
+
+```
+mkdir -p runs/a && printf '{"step": %s, "reward": %s, "loss": 1}\\n' 0 0.1 1 0.2 \\
+    2 0.6 > runs/a/metrics.jsonl
+mkdir runs/b && sed s/0.2/0.4/ runs/a/metrics.jsonl > runs/b/metrics.jsonl
+```
+
+| run | metric | step | expected |
+|---|---|---|---|
+| `runs/a` | `reward` | 0 to 2 | 0.25 ± 0.06 |
+| `runs/a` | `steps` | 0 to 99 | 3 ± 0 |
+| `runs/a` / `runs/b` | `reward` | 1 | 0.5 ± 0.0001 |
+
+## 2. Off: a number, and a step that is not there
+
+| `runs/a` | `reward` | 2 | 0.5 ± 0.09 |
+| `runs/a` | `reward` | 2 to 3 | 0.6 ± 1 |
+"""
+
+
+def test_the_check_of_the_exercises_finds_what_is_off(tmp_path):
+    (tmp_path / "teaching").mkdir()
+    script = shutil.copy(ROOT / "teaching" / "check.sh", tmp_path / "teaching")
+    (tmp_path / "teaching" / "exercises.md").write_text(PAGE)
+
+    def check(*numbers):
+        path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # the script asks for `python`
+        command = ["bash", script, *numbers]
+        done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, check=False)
+        found = re.findall(r"^(ok |OFF) .* found (\S+)", done.stdout, re.M)
+        return done.returncode, found, done.stdout.splitlines()[-1]
+
+    good, off = [("ok ", "0.3"), ("ok ", "3"), ("ok ", "0.5")], [("OFF", "0.6"), ("OFF", "nan")]
+    assert check() == (1, good + off, "1 of 2 exercises as expected")
+    assert check("1") == (0, good, "1 of 1 exercises as expected")
+    assert check("3") == (1, [], "0 of 0 exercises as expected")
+    assert not (tmp_path / "runs").exists()
