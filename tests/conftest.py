@@ -158,8 +158,8 @@ def script(tmp_path_factory):
     """Runs a script of the project in a process that forks.py makes, and returns the finished process: what
     python and torchrun do, without the seconds that their imports take.
 
-    ranks: gloo ranks to run it on; 0: one process without the variables that torchrun sets. code: the exit
-    code that it must have.
+    name: a file, or a module such as teaching.rloo. ranks: gloo ranks to run it on; 0: one process without
+    the variables that torchrun sets. code: the exit code that it must have.
     """
     forks = [sys.executable, ROOT / "tests" / "forks.py"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -169,7 +169,8 @@ def script(tmp_path_factory):
     def run(name, *flags, ranks=0, code=0, cwd=None):
         number = next(numbers)
         files = {kind: str(console / f"{kind}-{number}") for kind in ("stdout", "stderr")}
-        job = {"script": str(ROOT / name), "flags": [*map(str, flags)], "ranks": ranks, "seconds": 300}
+        name = str(ROOT / name) if str(name).endswith(".py") else name
+        job = {"script": name, "flags": [*map(str, flags)], "ranks": ranks, "seconds": 300}
         job |= {"cwd": str(cwd or Path.cwd()), "environment": dict(os.environ), **files}
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()

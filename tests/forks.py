@@ -20,11 +20,13 @@ import numpy
 
 
 def fork(job: dict, environment: dict) -> int:
-    """Starts `python script flags` and returns the number of the process."""
+    """Starts `python script flags`, or `python -m module flags`, and returns the number of the process."""
+    name, is_file = job["script"], job["script"].endswith(".py")
     with open(os.devnull) as stdin, open(job["stdout"], "a") as stdout, open(job["stderr"], "a") as stderr:
         if sys.platform != "linux":  # a framework of macOS may not outlive a fork
-            command, pipes = [sys.executable, job["script"], *job["flags"]], (stdin, stdout, stderr)
-            return subprocess.Popen(command, -1, None, *pipes, cwd=job["cwd"], env=environment).pid
+            command = [sys.executable, *([name] if is_file else ["-m", name]), *job["flags"]]
+            pipes = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
+            return subprocess.Popen(command, cwd=job["cwd"], env=environment, **pipes).pid
         if child := os.fork():
             return child
         for descriptor, file in enumerate((stdin, stdout, stderr)):
@@ -34,9 +36,13 @@ def fork(job: dict, environment: dict) -> int:
     os.chdir(job["cwd"])
     signal.alarm(job["seconds"])
     numpy.random.seed()  # Python's own generator has a new seed by now, torch's is the same in every process
-    sys.argv = [job["script"], *job["flags"]]
-    sys.path[0] = str(Path(job["script"]).parent)
-    runpy.run_path(job["script"], run_name="__main__")
+    sys.argv[1:] = job["flags"]
+    if is_file:
+        sys.argv[0], sys.path[0] = name, str(Path(name).parent)
+        runpy.run_path(name, run_name="__main__")
+    else:
+        sys.path[0] = job["cwd"]
+        runpy.run_module(name, run_name="__main__", alter_sys=True)  # which sets sys.argv[0]
     sys.exit()
 
 

@@ -255,10 +255,10 @@ def test_weights_are_shares_and_a_small_source_is_gone_through_evenly():
 )
 def test_a_share_of_less_than_a_row_an_epoch_is_carried_over(sizes, weights, epochs, wanted):
     prompts = data.Prompts([numbers(n, 1000 * j) for j, n in enumerate(sizes)], weights, seed=0)
-    taken = Counter(int(row.answer) // 1000 for row in prompts.take(0, epochs * sum(sizes)))
-    assert [taken[j] for j in range(len(sizes))] == wanted
+    sources = [int(row.answer) // 1000 for row in prompts.take(0, epochs * sum(sizes))]
+    assert [sources.count(j) for j in range(len(sizes))] == wanted
     for epoch in range(1, epochs):  # and never a row ahead or behind on the way
-        done = Counter(int(row.answer) // 1000 for row in prompts.take(0, epoch * sum(sizes)))
+        done = Counter(sources[: epoch * sum(sizes)])
         assert all(abs(done[j] - n * epoch / epochs) <= 1 for j, n in enumerate(wanted))
 
 

@@ -94,23 +94,25 @@ def test_every_command_parses(commands, monkeypatch):
     assert all(count.values()) and sum(count.values()) > 70, count
 
 
-def test_every_variant_parses(commands):
+def test_every_variant_parses(commands, script, tmp_path):
     variants = [command.split("-m ")[1] for command in commands if "-m teaching." in command]
-    code = "import importlib, sys, train_dpo, train_grpo; importlib.import_module(sys.argv[1])\n"
-    code += "all_pairs = ['--all-pairs'] * ('dpo_grpo' in sys.argv[1])\n"
-    code += "(train_grpo if 'rloo' in sys.argv[1] else train_dpo).get_args(all_pairs + sys.argv[2:])"
+    (tmp_path / "program.py").write_text(
+        f"import importlib, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_dpo, train_grpo\n"
+        "importlib.import_module(sys.argv[1])\nall_pairs = ['--all-pairs'] * ('dpo_grpo' in sys.argv[1])\n"
+        "(train_grpo if 'rloo' in sys.argv[1] else train_dpo).get_args(all_pairs + sys.argv[2:])\n"
+    )
     assert len(variants) >= 8
     for variant in {variant for variant in variants if "ROWS" not in variant}:
-        shell(sys.executable, "-c", code, *shlex.split(variant))
+        script(tmp_path / "program.py", *shlex.split(variant))
 
 
-def test_every_flag_named_is_declared(commands, capsys):
-    for script in SCRIPTS.values():
+def test_every_flag_named_is_declared(commands, script, capsys):
+    for module in SCRIPTS.values():
         with contextlib.suppress(SystemExit):
-            script.get_args(["--help"])
+            module.get_args(["--help"])
     declared = capsys.readouterr().out + "".join(
-        shell(sys.executable, *command.split(), "--help")
-        for command in ("-m teaching.dpo_grpo", "results/memory.py", "tests/kills.py")
+        script(command, "--help").stdout
+        for command in ("teaching.dpo_grpo", "results/memory.py", "tests/kills.py")
     )
     # the first does not even start without matplotlib
     declared += "".join((ROOT / "results" / name).read_text() for name in ("plot.py", "paper_on_a_laptop.sh"))
@@ -172,13 +174,13 @@ def test_messages_quoted_as_symptoms_are_the_programs():
     assert [part for q in quoted for part in q.split(" ... ") if part not in source] == []
 
 
-def test_tables_are_those_of_the_logs():
-    tables = shell(sys.executable, "results/table.py").strip().split("\n\n")
+def test_tables_are_those_of_the_logs(script):
+    tables = script("results/table.py").stdout.strip().split("\n\n")
     glance, *rest = tables
     assert [table.count("\n") for table in tables[:2]] == [7, 9] and len(tables) == len(table.TABLES) == 10
     assert glance + "\n\n" in README and all(table + "\n\n" in RESULTS for table in rest)
-    assert shell(sys.executable, "results/memory.py") in GUIDE
-    assert shell(sys.executable, "results/memory.py", "--cards") in GUIDE
+    assert script("results/memory.py").stdout in GUIDE
+    assert script("results/memory.py", "--cards").stdout in GUIDE
 
 
 @pytest.fixture(scope="module")
@@ -441,14 +443,14 @@ def test_a_mistake_with_the_papers_runs_is_one_line(arguments, said, tmp_path):
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and said in done.stderr
 
 
-def test_one_gpu_says_the_memory_that_the_arithmetic_gives():
+def test_one_gpu_says_the_memory_that_the_arithmetic_gives(script):
     found = re.findall(
         r"python (results/memory.py [^#\n]+)# ([\d.]+) and ([\d.]+) GiB",
         (ROOT / "paper/one_gpu.sh").read_text(),
     )
     assert len(found) == 2
     for command, training, sampler in found:
-        rows = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+)", shell(sys.executable, *command.split()), re.M))
+        rows = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+)", script(*command.split()).stdout, re.M))
         assert (rows["all, while training"], rows["the sampler's weights, while sampling"]) == (
             training,
             sampler,

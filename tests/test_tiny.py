@@ -129,10 +129,10 @@ def test_completions_are_as_frequent_as_the_plain_model_says(tokenizer):
     """Of a short prompt, padded for a longer one; the plain model has no padding, no mask and no cache."""
     torch.manual_seed(0)
     model, n = AutoModelForCausalLM.from_pretrained(TOY), 1000
-    rows = [{"prompt": "1+9="}] * n + [{"prompt": "99+98="}]
+    rows = [{"prompt": "5+3="}] * n + [{"prompt": "99+98="}]
     ids_BL, mask_BL, start = tiny.sample(model, tokenizer, rows)
     logps_BT = tiny.token_logps(model, ids_BL, mask_BL, start)
-    chat = [{"role": "user", "content": "1+9="}]
+    chat = [{"role": "user", "content": "5+3="}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     sequences = [tuple(ids[mask > 0].tolist()) for ids, mask in zip(ids_BL, mask_BL, strict=True)][:n]
     for sequence, count in Counter(sequences).most_common(5):
@@ -225,7 +225,7 @@ def test_the_command_runs_from_any_directory(tmp_path, monkeypatch, capsys):
         ("--sync-steps nan", "--sync-steps nan: whole numbers above 0, or inf"),
         ("--sync-steps often", "--sync-steps: invalid float value: 'often'"),
         ("--algorithm ppo", "--algorithm: invalid choice: 'ppo'"),
-        ("--sync 3", "unrecognized arguments: --sync 3"),
+        ("--sync 0", "unrecognized arguments: --sync 0"),
     ],
 )
 def test_a_bad_flag_is_one_line(flags, said, monkeypatch, capsys):
