@@ -22,7 +22,7 @@ toy: $(VENV)/installed
 	$(VENV)/bin/torchrun train_dpo.py --sync-steps 10 $(SAMPLER)
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 $(VENV)/installed: requirements.txt requirements-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || \

@@ -48,7 +48,7 @@ TOY = "torchrun train_dpo.py --sync-steps 10"
 def test_once_installed_it_stays(make):
     assert make("toy")[1] == [LOCK, TOY]
     assert make("toy")[1] == [TOY]
-    assert make("test")[1] == ["python -m pytest"]
+    assert make("test")[1] == ["python -m pytest -n 2 --dist loadfile"]
 
 
 def test_a_gpu_takes_the_ordinary_builds(make):
@@ -68,6 +68,7 @@ def test_without_a_vllm_transformers_samples(make, machine):
         "tqdm",
         "math-verify",
         "pytest",
+        "pytest-xdist",
         "ruff",
     }
 
