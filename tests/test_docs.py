@@ -117,7 +117,7 @@ def test_every_flag_named_is_declared(commands, script, capsys):
     # the first does not even start without matplotlib
     declared += "".join((ROOT / "results" / name).read_text() for name in ("plot.py", "paper_on_a_laptop.sh"))
     others = "--no-deps --extra-index-url --help --dry-run --python-version --only-binary --target"  # pip's
-    others += " --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint"  # torchrun's
+    others += " --dist --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint"  # pytest-xdist's, torchrun's
     others += " --model_outputs --small --print"  # alpaca_eval's, and those of the scripts in paper/
     text = "\n".join([*DOCS.values(), *commands])
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text))
