@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, require_vllm
@@ -13,7 +14,9 @@ SCRIPT = ROOT / "results" / "first_gpu_run.sh"
 
 
 def run(out, *arguments):
-    environment = os.environ | {"OUT": str(out)}
+    # `make test` runs without an activated environment; the script's `python` has to be this one.
+    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
+    environment = os.environ | {"OUT": str(out), "PATH": path}
     return subprocess.run(
         ["bash", SCRIPT, *arguments], capture_output=True, text=True, env=environment, check=False
     )
