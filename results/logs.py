@@ -4,6 +4,7 @@ python results/logs.py thin RUN DIRECTORY   # RUN's args.json, and its metrics.j
 python results/logs.py check                # of each log: its commit, and what has changed since
 """
 
+import ast
 import functools
 import json
 import statistics
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SETS = ("toy", "chats", "mixed")
+SETS = ("toy", "chats", "mixed", "kl")
 BLOCK = 10  # steps whose means a line of a small log has
 DECIDES = (  # what decides the numbers of a run, with the script that it started
     "train_dpo.py", "train_grpo.py", "window.py", "sampler.py", "sampler_hf.py", "policy.py", "packing.py",
@@ -64,11 +65,28 @@ def check():
 
 @functools.cache
 def since(commit: str | None, script: str) -> str:
-    git = ["git", "-C", HERE.parent, "diff", "--name-only", str(commit), "--", *DECIDES, script]
-    diff = subprocess.run(git, capture_output=True, text=True, check=False)
-    if diff.returncode:
+    """What of the files that decide its numbers has changed, comments and docstrings aside."""
+    git = ["git", "-C", HERE.parent]
+    diff = [*git, "diff", "--name-only", str(commit), "--", *DECIDES, script]
+    done = subprocess.run(diff, capture_output=True, text=True, check=False)
+    if done.returncode:
         return "its commit is not in this repository"
-    return f"older than {' '.join(diff.stdout.split())}" if diff.stdout else "as the maths is now"
+    changed = []
+    for name in done.stdout.split():
+        then = subprocess.run([*git, "show", f"{commit}:{name}"], capture_output=True, check=False).stdout
+        path = HERE.parent / name
+        if not (path.suffix == ".py" and path.exists() and bare(path.read_bytes()) == bare(then)):
+            changed.append(name)
+    return f"older than {' '.join(changed)}" if changed else "as the maths is now"
+
+
+def bare(source: bytes) -> str:
+    """Python without its comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            del node.body[0]
+    return ast.dump(tree)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,13 @@ both() { # the same: DPO, validated on both tasks
     "${*:2} --seed $seed"
 }
 
+kl() { # script (dpo or grpo), s: a run of each task whose validations measure how far the policy has moved
+  local run="-m results.kl $1 --steps 300 --sync-steps $2 --seed $seed"
+  local files="--data toy/chat_train.jsonl --eval-data toy/chat_valid.jsonl"
+  echo "kl/sums-$1-s$2-seed$seed $run"
+  echo "kl/chats-$1-s$2-seed$seed $run --reward-model toy/reward_model $files"
+}
+
 first() { # what needs no other run; seed 0 of all before seed 1
   for seed in 0 1 2; do
     # Table 1: the dial
@@ -73,6 +80,9 @@ first() { # what needs no other run; seed 0 of all before seed 1
       sums grpo-s$s-noratio -m results.no_ratio --steps 400 --sync-steps $s
       sums grpo-s$s-noclip train_grpo.py --steps 400 --sync-steps $s --clip-low 0.999 --clip-high 999 --is-cap 1000
     done
+    # dynamics: KL to the start
+    for s in 1 10 100 inf; do kl dpo $s; done
+    kl grpo 1
   done
 }
 

@@ -21,23 +21,23 @@ import logs
 from table import values
 
 HERE = Path(__file__).parent
-# colours of Okabe and Ito, which stay apart for colour-blind eyes; dashes for GRPO, so that colour is not all
-BLUE, SKY, GREEN, ORANGE, PINK, BLACK = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#000000"
+# a colour (Okabe and Ito's, which colour-blind eyes tell apart) and a marker for each s; GRPO has dashes
+BLUE, SKY, GREEN, ORANGE, BLACK = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#000000"
 S = {
-    "dpo-s1": ("DPO, s = 1 (online)", BLUE, "-"),
-    "dpo-s5": ("DPO, s = 5", BLACK, "-"),
-    "dpo-s10": ("DPO, s = 10", SKY, "-"),
-    "dpo-s100": ("DPO, s = 100", GREEN, "-"),
-    "dpo-sinf": ("DPO, s = inf (offline)", ORANGE, "-"),
-    "grpo-s1": ("GRPO, s = 1 (online)", PINK, "--"),
-    "grpo-s10": ("GRPO, s = 10", SKY, "--"),
-    "grpo-s100": ("GRPO, s = 100", GREEN, "--"),
-    "grpo-sinf": ("GRPO, s = inf (offline)", ORANGE, "--"),
+    "dpo-s1": ("DPO, s = 1 (online)", BLUE, "o-"),
+    "dpo-s5": ("DPO, s = 5 (chats)", BLACK, "s-"),
+    "dpo-s10": ("DPO, s = 10", SKY, "^-"),
+    "dpo-s100": ("DPO, s = 100", GREEN, "D-"),
+    "dpo-sinf": ("DPO, s = inf (offline)", ORANGE, "v-"),
+    "grpo-s1": ("GRPO, s = 1 (online)", BLUE, "o--"),
+    "grpo-s10": ("GRPO, s = 10 (sums)", SKY, "^--"),
+    "grpo-s100": ("GRPO, s = 100 (sums)", GREEN, "D--"),
+    "grpo-sinf": ("GRPO, s = inf (sums)", ORANGE, "v--"),
 }
 BRAKES = {
-    "dpo-s100-beta0.1": ("beta = 0.1", ORANGE, "-"),
-    "dpo-s100-beta1": ("beta = 1", SKY, "-"),
-    "dpo-s100": ("beta = 3", GREEN, "-"),
+    "dpo-s100": ("β = 3", GREEN, "D-"),
+    "dpo-s100-beta1": ("β = 1", GREEN, "D--"),
+    "dpo-s100-beta0.1": ("β = 0.1", GREEN, "D:"),
 }
 FIRST = ("dpo-s1", "dpo-s5", "dpo-s10", "dpo-s100", "dpo-sinf", "grpo-s1")  # what the first figure shows
 
@@ -47,10 +47,12 @@ def curve(axis, task: str, name: str, metric: str, style: tuple) -> int:
     per_step, seeds = defaultdict(list), sorted((HERE / task).glob(f"{name}-seed[0-9]"))
     for directory in seeds:
         for line in logs.read(directory):
-            if line.get(metric) is not None:
-                per_step[line["step"]].append(line[metric])
+            if line.get(metric) is not None:  # a mean of ten steps stands in their middle
+                per_step[line["step"] - line.get("steps", 0) / 2].append(line[metric])
     values, (_, colour, dash) = [*per_step.values()], style
-    axis.plot([*per_step], [*map(statistics.fmean, values)], dash, color=colour, linewidth=1.8)
+    every = max(1, len(values) // 8)
+    look = {"linewidth": 1.8, "markersize": 4.5, "markevery": (every // 2, every)}
+    axis.plot([*per_step], [*map(statistics.fmean, values)], dash, color=colour, **look)
     axis.fill_between(
         [*per_step], [*map(min, values)], [*map(max, values)], color=colour, alpha=0.15, linewidth=0
     )
@@ -65,7 +67,8 @@ def tidy(axis, title: str = "", ylabel: str = ""):
 
 def legend(figure, styles: dict, columns: int = 3):
     lines = [
-        plt.Line2D([], [], color=colour, linestyle=dash, linewidth=1.8) for _, colour, dash in styles.values()
+        plt.Line2D([], [], color=colour, marker=dash[0], linestyle=dash[1:], linewidth=1.8, markersize=4.5)
+        for _, colour, dash in styles.values()
     ]
     names = [label for label, *_ in styles.values()]
     figure.legend(lines, names, loc="outside lower center", ncols=columns, frameon=False)
@@ -76,7 +79,7 @@ def sweep():
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 4.4), layout="constrained")
     panels = (
         ("toy", "eval/accuracy", "sums, with a verifier", "validation accuracy"),
-        ("chats", "eval/reward", "chats, with a reward model", "validation reward"),
+        ("chats", "eval/reward", "chats, with a reward model", "validation reward (the model's score)"),
     )
     for axis, (task, metric, title, ylabel) in zip(axes, panels, strict=True):
         seeds = min(filter(None, [curve(axis, task, name, metric, S[name]) for name in FIRST]))
@@ -89,22 +92,25 @@ def sweep():
 
 DYNAMICS = {
     "reward": "reward of the step",
-    "completions/length": "tokens of an answer",
-    "entropy": "entropy (nats)",
-    "kl": "KL to the start\n(nats, GRPO)",
+    "completions/length": "tokens of a sample",
+    "entropy": "entropy (nats a token)",
+    "eval/kl": "KL to the start\n(nats an answer)",
 }
+TASKS = {"toy": "sums", "chats": "chats"}
 
 
 def dynamics():
     """What the paper's section 4.2 and 5 look at, for each s, on both tasks."""
     figure, axes = plt.subplots(4, 2, figsize=(8.5, 9.5), layout="constrained")
     for row, (metric, ylabel) in zip(axes, DYNAMICS.items(), strict=True):
-        for axis, task in zip(row, ("toy", "chats"), strict=True):
-            drawn = [curve(axis, task, name, metric, style) for name, style in S.items()]
-            title = {"toy": "sums", "chats": "chats"}[task] if metric == "reward" else ""
+        for axis, (task, title) in zip(row, TASKS.items(), strict=True):
+            where = ("kl", f"{title}-") if metric == "eval/kl" else (task, "")
+            drawn = [curve(axis, where[0], where[1] + name, metric, style) for name, style in S.items()]
+            seeds = sorted({*drawn} - {0})
+            title = f"{title} ({' or '.join(map(str, seeds))} seeds)" if metric == "reward" else ""
             tidy(axis, title, ylabel if task == "toy" else "")
-            if metric == "kl":
-                axis.set(yscale="log", ylim=(1e-2, 1e4))
+            if metric == "completions/length":
+                axis.set_ylim(0, 7)
             elif metric != "reward":
                 axis.set_ylim(0, None)
             axis.set_visible(any(drawn))
@@ -127,18 +133,18 @@ ABLATIONS = [  # groups of run -> what it is called; the first of a group is wha
         "dpo-s1-entropy5e-4": "entropy bonus 5e-4",
         "dpo-s1-entropy0.5": "entropy bonus 0.5",
         "dpo-s1-fixed": "reference fixed",
-        "dpo-s1-fixed-beta0.1": "reference fixed, beta 0.1",
+        "dpo-s1-fixed-beta0.1": "reference fixed, β = 0.1",
     },
     {
         "dpo-s10@300": "DPO, s = 10",
         "dpo-s10-fixed": "reference fixed",
-        "dpo-s10-fixed-beta0.1": "reference fixed, beta 0.1",
+        "dpo-s10-fixed-beta0.1": "reference fixed, β = 0.1",
     },
     {
         "dpo-s100@300": "DPO, s = 100",
         "dpo-s100-fixed": "reference fixed",
-        "dpo-s100-beta0.1@300": "beta 0.1",
-        "dpo-s100-beta0.1-eps1e-4": "beta 0.1, epsilon 1e-4",
+        "dpo-s100-beta0.1@300": "β = 0.1",
+        "dpo-s100-beta0.1-eps1e-4": "β = 0.1, epsilon 1e-4",
     },
     {"dpo-sinf@300": "offline DPO", "dpo-sinf-nll": "+ NLL of the chosen"},
     {
@@ -180,7 +186,7 @@ def brake():
     figure, axis = plt.subplots(figsize=(8.5, 3.9), layout="constrained")
     for name, style in BRAKES.items():
         curve(axis, "toy", name, "eval/accuracy", style)
-    tidy(axis, "DPO with s = 100: beta is the brake of a window", "validation accuracy")
+    tidy(axis, "DPO with s = 100: β is the brake of a window", "validation accuracy")
     axis.set(ylim=(0, 1), xlabel="optimizer step")
     legend(figure, BRAKES)
     figure.savefig(HERE / "brake.png")

@@ -202,8 +202,12 @@ def test_the_script_would_make_each_log_again(laptop, monkeypatch):
             place = words.index("--grpo-weight")
             assert logged.pop("grpo_weight") == float(words[place + 1])
             del words[place : place + 2]
-        script = train_grpo if words[0] == "train_grpo.py" or "results.no_ratio" in words else train_dpo
-        args = vars(script.get_args([word for word in words if word not in ("-m", "results.no_ratio")][1:]))
+        if "results.no_ratio" in words:
+            words = ["train_grpo.py", *words[2:]]
+        if "results.kl" in words:
+            words = [f"train_{words[2]}.py", *words[3:]]
+        script = {"train_dpo.py": train_dpo, "train_grpo.py": train_grpo}[words[0]]
+        args = vars(script.get_args(words[1:]))
         args["sync_steps"] = "inf" if args["sync_steps"] == math.inf else args["sync_steps"]
         # where it is, what it keeps, a flag that only a GPU knows, and what day it was
         others = {"out", "model", "save_every", "log_samples", "gpu_memory", "date"}
