@@ -84,7 +84,7 @@ class MicroBatch:
     source_N: torch.Tensor  # the token (of all rows, flattened) whose hidden state predicts target_N
     target_N: torch.Tensor
     mask_BT: torch.Tensor  # true where completion b has a token t, the end token included
-    sampler_BT: torch.Tensor  # log-probs that the sampler drew the tokens with, 0 outside the mask
+    sampler_BT: torch.Tensor  # log-probs that the sampler drew the tokens with (for GRPO), 0 outside the mask
     advantage_B: torch.Tensor  # 0 without advantages
     chosen_index_P: torch.Tensor  # b of each pair's chosen completion
     rejected_index_P: torch.Tensor

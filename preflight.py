@@ -1,11 +1,12 @@
 """What a run will take: --preflight does a little of everything, prints a screen, and leaves nothing behind.
 
-It has the run's own flags, model, rows and ranks, and does in a run's order: the largest micro-batch that the
-flags allow, with an optimizer step; a checkpoint; a reload; PROMPTS prompts sampled, compared with the policy
-and scored; and the update that they make. The forecast takes the rest of the run to be like them.
+It has the run's own flags, model, rows and ranks, and does in a run's order: the largest micro-batches that
+the flags allow, with optimizer steps; a checkpoint; a reload; PROMPTS prompts sampled, compared with the
+policy and scored; and the update that they make. The forecast takes the rest of the run to be like them.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import resource
@@ -45,7 +46,7 @@ class Found:
     capacity: int  # bytes of the GPU; on a CPU, of the machine
     tensors: dict[str, int]  # bytes that the policy needs at all times of an update, by what they are for
     derived: float | None  # bytes of all else that an update needs, by results/memory.py
-    most: int  # bytes that torch held at one time in the largest micro-batch; on a CPU, the process
+    most: int  # bytes that torch held at one time in the largest micro-batches; on a CPU, the process
     in_update: int  # bytes in use on the GPU then, whoever has them; on a CPU, as above
     while_sampling: int
     sequences: float  # of full length that a sampler works on at one time
@@ -93,6 +94,7 @@ def measure(
     def update(groups: list) -> int:
         """Returns the tokens that were read. Its gradients stay, to be counted."""
         tokens = 0
+        optimizer.zero_grad()
         for batch in micro_batches(make_examples(groups, 0, args), policy, args.micro_batch_tokens):
             logps_BT, _ = policy(batch)
             ref_BT = reference(batch, logps_BT, step=1)  # at step 0 it would not run
@@ -104,12 +106,12 @@ def measure(
 
     optimizer.param_groups[0]["lr"] = 0.0  # Adam's moments come into being, the weights stay as they are
     sampler.sleep()
-    longest = longest_groups(args, make_examples, policy)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with enough_memory("the largest update", update_ways(args)):
-        update(longest)
-    tensors = tensor_bytes(policy, reference, optimizer)
+        for groups in largest_batches(args, make_examples, policy):
+            update(groups)
+    tensors = tensor_bytes(policy, reference, optimizer, scorer.model, sampler)
     most, in_update = most_held(sampler.pool), in_use()
     optimizer.zero_grad()  # as in a run, they are not there while it samples
     lap("largest update")
@@ -137,7 +139,10 @@ def measure(
     while_sampling = in_use()
     sums.add(bytes=sum(len(rollout_line(row, cs, step=0).encode()) for row, cs in groups))
     if not window.scored:
-        self_test(sampler, policy, groups)
+        with enough_memory("a comparison with the sampler", "lower --gpu-memory"):
+            self_test(sampler, policy, groups)
+        if not prompts.valid:  # only a validation scores while the sampler is awake
+            sampler.sleep()
         sums.lap("self-test")
         with enough_memory("the reward model", "add --reward-offload or lower --gpu-memory"):
             scorer.score(groups)
@@ -167,27 +172,43 @@ def measure(
     )  # fmt: skip
 
 
-def longest_groups(args, make_examples, policy) -> list:
-    """(row, completions) of full length, as many as fill a micro-batch, of the tokenizer's ids in turn; every
-    other completion is right.
+def largest_batches(args, make_examples, policy) -> list[list]:
+    """(row, completions) groups that fill a micro-batch each, of the tokenizer's ids in turn; every other
+    completion is right. First as many as fit of full length; then more, just short enough to fit, which may
+    be more tokens in all. Then both again: the first update had none of Adam's moments beside it.
     """
-    take = lambda size: [i % policy.vocab for i in range(size)]  # noqa: E731
-    row, size = Row("", take(args.max_prompt_tokens), None, None), args.max_new_tokens
-    group = [
-        Completion(take(size), [0.0] * size, "", "length", 0, reward=float(i % 2))
-        for i in range(args.samples_per_prompt)
-    ]
-    [example] = make_examples([(row, group)], 0, args)
-    tokens = sum(sequence.width for sequence in split(example, policy, args.micro_batch_tokens))
-    return [(row, group)] * max(1, args.micro_batch_tokens // tokens)
+
+    def group(share: float) -> tuple:
+        prompt, new = (max(1, int(share * size)) for size in (args.max_prompt_tokens, args.max_new_tokens))
+        ids = [i % policy.vocab for i in range(max(prompt, new))]
+        completions = [
+            Completion(ids[:new], [0.0] * new, "", "length", 0, reward=float(i % 2))
+            for i in range(args.samples_per_prompt)
+        ]
+        return Row("", ids[:prompt], None, None), completions
+
+    def fitting(share: float) -> tuple[int, int]:
+        """Sequences that fit into a micro-batch, and those of a group."""
+        [example] = make_examples([group(share)], 0, args)
+        sequences = split(example, policy, args.micro_batch_tokens)
+        together = len(sequences) if example.pairs else 1
+        width = max(sequence.width for sequence in sequences)
+        return max(1, args.micro_batch_tokens // (width * together)) * together, len(sequences)
+
+    most = fitting(1)[0]
+    shorter = (percent / 100 for percent in range(99, 0, -1))
+    shares = [1.0, *itertools.islice((share for share in shorter if fitting(share)[0] > most), 1)]
+    counts = [math.ceil(fit / of_a_group) for fit, of_a_group in map(fitting, shares)]
+    return [[group(share)] * count for share, count in zip(shares, counts, strict=True)] * 2
 
 
 # ---- memory
 
 
-def tensor_bytes(policy, reference, optimizer) -> dict[str, int]:
-    """This rank's bytes of what an update needs all the time, by what it is for."""
-    size = lambda tensors: sum(local(tensor.detach()).nbytes for tensor in tensors)  # noqa: E731
+def tensor_bytes(policy, reference, optimizer, reward_model, sampler) -> dict[str, int]:
+    """This rank's bytes of what is there during an update, by what it is for."""
+    here = lambda tensors: [x for x in tensors if x.device.type == policy.device.type]  # noqa: E731
+    size = lambda tensors: sum(local(x.detach()).nbytes for x in here(tensors))  # noqa: E731
     weights = list(policy.parameters())
     moments = [optimizer.state[p][name] for p in weights for name in ("exp_avg", "exp_avg_sq")]
     return {
@@ -195,13 +216,16 @@ def tensor_bytes(policy, reference, optimizer) -> dict[str, int]:
         "gradients": size(p.grad for p in weights if p.grad is not None),
         "Adam's moments": size(moments),
         "reference": size(reference.model.parameters()) if reference.model else 0,
+        "reward model": size(reward_model.model.parameters()) if reward_model else 0,
+        "transformers' sampler": size(sampler.lm.parameters()) if hasattr(sampler, "lm") else 0,
     }
 
 
 def derive(args, policy) -> float | None:
     """Bytes that results/memory.py expects beside these; None for a model whose shape it does not know."""
     shape = shape_of(policy.lm.config.get_text_config())
-    if not shape or shape.parameters != sum(p.numel() for p in policy.parameters()):
+    parameters = sum(p.numel() for p in policy.parameters())
+    if not shape or not math.isclose(shape.parameters, parameters, rel_tol=2e-3):  # it knows no biases
         return None
     row = args.max_prompt_tokens + args.max_new_tokens
     tokens = max(args.micro_batch_tokens, row)
@@ -235,7 +259,9 @@ def enough_memory(what: str, ways: str):
     try:
         yield
     except RuntimeError as error:  # torch's, and vLLM's own
-        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error).lower():
+        said = str(error).lower()
+        known = "out of memory" in said or "alloc_failed" in said  # the latter is cuBLAS's
+        if not known and not isinstance(error, torch.OutOfMemoryError):
             raise
         time.sleep(5 * bool(dist.get_rank()))  # where rank 0 has run out too, its line is enough
         complain(f"error: rank {dist.get_rank()} runs out of memory in {what}: {ways}")
@@ -259,6 +285,7 @@ class Forecast:
     window: float  # seconds, the reload included
     on_disk: float  # bytes of a window, 0 where it stays in memory
     run: float  # seconds
+    bound: str  # on a GPU, whose calls take little longer for more prompts: how far that is to be trusted
     checkpoints: int
     validations: int
 
@@ -276,12 +303,15 @@ def forecast(found: Found, args) -> Forecast:
     completions = found.valid / (PROMPTS * args.samples_per_prompt)  # of a validation, one a prompt
     validation = seconds["reload"] + completions * (seconds["sample"] + seconds["score"])
     run = args.steps * sum(step.values()) + math.ceil(args.steps / steps) * seconds["reload"]
+    in_a_call = min(steps, CHUNK) * args.prompts_per_step
+    bound = "" if in_a_call == PROMPTS or not torch.cuda.is_available() else "at least "
+    bound = "at most " if bound and in_a_call > PROMPTS else bound
     return Forecast(
         step=step, steps=steps,
         window=seconds["reload"] + steps * sum(step.values()),
         on_disk=steps * args.prompts_per_step * found.rollouts if takes_chunks else 0,
         run=run + len(saved) * seconds["checkpoint"] + validations * validation,
-        checkpoints=len(saved), validations=validations,
+        bound=bound, checkpoints=len(saved), validations=validations,
     )  # fmt: skip
 
 
@@ -310,19 +340,21 @@ def screen(found: Found, args) -> list[str]:
         ("speed", f"sampling {speed}, update {found.trained / seconds['update']:,.0f} tokens/s"),
         ("reload", f"{seconds['reload']:.2f} s"),
         ("checkpoint", f"{seconds['checkpoint']:.2f} s, {_size(found.checkpoint)}"),
-        (f"a window of {ahead.steps}", f"{_time(ahead.window)} ({parts}), {disk}"),
-        (f"the run of {args.steps}", f"{_time(ahead.run)}, {saves}"),
+        (f"a window of {ahead.steps}", f"{ahead.bound}{_time(ahead.window)} ({parts}), {disk}"),
+        (f"the run of {args.steps}", f"{ahead.bound}{_time(ahead.run)}, {saves}"),
     ]
     return [f"{name:24}{text}" for name, text in rows]
 
 
 def warnings(found: Found, args) -> list[str]:
     """What is likely to go wrong, each with the flag that helps."""
-    full = found.in_update / found.capacity
+    full, sampling = found.in_update / found.capacity, found.while_sampling / found.capacity
     disk = (args.keep + 1) * found.checkpoint + 2 * forecast(found, args).on_disk
     said = []
     if full > FULL:
         said.append(f"the largest update takes {full:.0%} of the memory: {update_ways(args)}")
+    if sampling > FULL:
+        said.append(f"sampling takes {sampling:.0%} of the memory: lower --gpu-memory")
     if found.sequences < FEW_SEQUENCES:
         few = f"room for {found.sequences:.0f} sequences at a time, fewer than {FEW_SEQUENCES}"
         ways = "raise --gpu-memory (on a CPU VLLM_CPU_KVCACHE_SPACE) or lower --max-new-tokens"

@@ -5,6 +5,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 from argparse import ArgumentError
 from collections.abc import Callable
 from datetime import timedelta
@@ -166,9 +167,11 @@ def complain(text: str):
 
 
 def fail(message: str):
-    """A user's mistake: one line (from one rank), exit code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    """A user's mistake: one line, exit code 2. Where the first rank of a machine finds it too, torchrun ends
+    the others before they repeat it.
+    """
+    time.sleep(5 * (os.environ.get("LOCAL_RANK", "0") != "0"))
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -194,7 +197,8 @@ def launch(main: Callable):
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        complain(f"rank {os.environ.get('RANK', 0)} ends too: another rank has left")
+        reason = f"another rank has left ({first_line(error)})"  # or the network, or the driver, failed here
+        complain(f"rank {os.environ.get('RANK', 0)} ends too: {reason}")
         deadline = threading.Timer(10, os._exit, [1])  # closing what is shared with that rank may wait for it
         deadline.daemon = True
         deadline.start()

@@ -6,8 +6,10 @@ the engine core's `shutdown`, all public in vLLM 0.32. sampler_hf.py is the same
 """
 
 import atexit
+import contextlib
 import gc
 import importlib.util
+import logging
 import os
 import random
 from argparse import ArgumentError, Namespace
@@ -65,7 +67,8 @@ class VLLMSampler(Sampler):
         # CPU 1 GiB of KV cache instead of a share of the memory, and no threads bound to the policy's cores.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        # on a GPU its log says how many sequences its memory holds, and when it has to begin one again
+        # on a GPU its log says what it does as it starts; later it would write at every sleep and wake-up
+        quiet = device.type == "cuda" and "VLLM_LOGGING_LEVEL" not in os.environ
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if device.type == "cuda" else "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -116,13 +119,16 @@ class VLLMSampler(Sampler):
             # a kernel that the model's shape lacks is only missed when the engine is first asked
             params = SamplingParams(max_tokens=1, detokenize=False)
             self.llm.generate([{"prompt_token_ids": [0]}], params, use_tqdm=False)
+        if quiet:
+            logging.getLogger("vllm").setLevel("WARNING")
         self.pool = torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
         atexit.register(self.close)  # whatever ends the process
 
     @property
     def sequences(self) -> float:
         """How many of full length vLLM can work on at one time: more have to wait, or are computed again."""
-        return self.llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
+        config = self.llm.llm_engine.vllm_config
+        return min(config.cache_config.kv_cache_max_concurrency, config.scheduler_config.max_num_seqs)
 
     @property
     def capacity(self) -> str:
@@ -204,7 +210,8 @@ class VLLMSampler(Sampler):
         if self.llm is None:
             return
         if self.asleep:  # memory that sleeps cannot be freed: CUDA complains of each segment
-            self.llm.wake_up()
+            with contextlib.suppress(RuntimeError):  # no room: what ended the process may hold it
+                self.llm.wake_up()
         self.llm.llm_engine.engine_core.shutdown()  # not left to its last reference: there are cycles
         self.llm = None
         atexit.unregister(self.close)

@@ -303,7 +303,7 @@ def main(argv=None):
         sums.add(pairs=sum(bool(example.pairs) for example in examples))
         for batch in micro_batches(examples, policy, args.micro_batch_tokens):  # as many on every rank
             logps_BT, entropy_BT = policy(batch)
-            ref_BT = reference(batch, logps_BT, step)
+            ref_BT = reference(batch, logps_BT, step)  # online the policy's own: loss log 2, rewards/... 0
             loss, logged = batch_loss(batch, logps_BT, ref_BT, entropy_BT, chosen_length, args)
             # divided by all prompts of the step, also those without a pair, as the original code does; times
             # world, because FSDP averages gradients over ranks

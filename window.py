@@ -1,8 +1,8 @@
 """The dial's memory: which completions belong to which step, kept and found again.
 
-A window is the steps from one sync to the next, `--sync-steps` of them. The sampler's weights do not change
-in it, so everything that they will ever write is sampled at the sync, in chunks of ten steps, and nobody
-needs these weights any more. Each step then reads its own completions. In the run's directory
+A window is the steps from one sync to the next, `--sync-steps` of them. One set of weights writes its
+completions, so all of them are sampled at the sync, in chunks of ten steps, and nobody needs these weights
+any more. Each step then reads its own completions. In the run's directory
 
     windows/step-000100-5f3a09c1/                       the window that begins with step 100
         steps-000110-000120.rank0of2.8f14e45f.jsonl     what rank 0 of 2 sampled for steps 110 to 119

@@ -19,7 +19,10 @@ from rewards import verifier  # noqa: E402
 
 PADDING = 64  # rows of the matrices that the tokenizer has no ids for
 # dense bfloat16 operations a second, as the makers give them
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "L4": 121e12}
+PEAKS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "A10": 125e12, "L4": 121e12,
+}  # fmt: skip
 
 
 @verifier("coin", on_timeout=0.0)
@@ -122,7 +125,8 @@ def steps(out: Path) -> list[str]:
     for log in sorted(out.glob("*.log"), key=lambda log: log.stat().st_mtime):
         text = log.read_text(errors="replace").splitlines()
         done = log.with_suffix(".done")
-        last = next((line for line in reversed(text[1:]) if line.strip()), "")
+        said = [line for line in text[1:] if line.strip()]
+        last = next((line for line in reversed(said) if "rror" in line), said[-1] if said else "")
         took = done.read_text().strip() if done.exists() else f"failed: `{last[-150:]}`"
         found.append(f"| {log.stem} | {took} | `{text[0][2:]}` |")
     return [*found, ""]
@@ -165,6 +169,8 @@ def reloads(out: Path) -> list[str]:
     ]
     for run in sorted(out.glob("reloads-*/metrics.jsonl")):
         lines = [line for line in lines_of(run.parent) if "sampler/logp_gap_mean" in line]
+        if not lines:
+            continue
         mean = statistics.fmean(line["sampler/logp_gap_mean"] for line in lines)
         worst = max(line["sampler/logp_gap_max"] for line in lines)
         found.append(f"| {run.parent.name} | {len(lines)} | {mean:.2g} | {worst:.2g} |")
@@ -201,15 +207,16 @@ def speed(out: Path) -> list[str]:
             for line in lines_of(run.parent)
             if line["step"] and line.get("time/sync", 0) > 0.01
         ]
-        cells = [
-            name,
-            f"{m['tokens_per_second/update']:,.0f}",
-            mfu(out / size, m["tokens_per_second/update"]),
-        ]
-        cells += [f"{m['tokens_per_second/sample']:,.0f}", f"{float(vllm[-1]):,.0f}" if vllm else "-"]
+        update, sampling = (m.get(f"tokens_per_second/{part}", 0) for part in ("update", "sample"))
+        cells = [name, f"{update:,.0f}", mfu(out / size, update), f"{sampling:,.0f}"]
+        cells.append(f"{float(vllm[-1]):,.0f}" if vllm else "-")
         cells += [f"{statistics.median(x):.2f}" if x else "-" for x in (synced, saves)]
-        found.append(f"| {' | '.join([*cells, format(m.get('memory/peak_gib', 0), '.1f')])} |")
-    note = "MFU counts 6 operations a parameter and token, no attention, no recomputation and no reference."
+        peak = max((line.get("memory/peak_gib", 0) for line in lines_of(run.parent)), default=0)
+        found.append(f"| {' | '.join([*cells, f'{peak:.1f}'])} |")
+    note = (
+        "A prompt counts as often as it has completions, also where they share it. MFU counts 6 operations a "
+        "parameter and token, no attention, no recomputation and no reference."
+    )
     return [*found, "", note, ""] if len(found) > 4 else []
 
 
@@ -225,7 +232,7 @@ def mfu(model: Path, speed: float) -> str:
 
 def preflight(out: Path) -> list[str]:
     """The screen, and what the run of the same flags then had."""
-    if not (out / "preflight.done").exists() or not lines_of(out / "large-packing"):
+    if not all((out / f"{step}.done").exists() for step in ("preflight", "large-packing")):
         return []
     screen = (out / "preflight.log").read_text(errors="replace")
     screen = screen[screen.index("\nmodel  ") + 1 :].splitlines()

@@ -462,3 +462,19 @@ def test_as_a_command_it_is_one_line_and_exit_code_2(tmp):
         == f"train_dpo.py: error: {tmp}/broken.jsonl, line 17: not JSON (Expecting property name "
         + ("enclosed in double quotes)\n")
     )
+
+
+def test_a_mistake_that_another_rank_alone_finds_is_said(script, tmp_path):
+    """Such as a second GPU that has too little memory."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import argparse, os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport processes, train_dpo\n"
+        "load_rows = train_dpo.load_rows\n"
+        "def mistaken(*args, **more):\n    if os.environ['RANK'] == '1':\n"
+        "        raise argparse.ArgumentError(None, '--model large: too large for rank 1')\n"
+        "    return load_rows(*args, **more)\n"
+        "train_dpo.load_rows = mistaken\nprocesses.launch(train_dpo.main)\n"
+    )
+    done = script(program, "--sampler", "hf", "--out", tmp_path / "run", ranks=2, code=2)
+    assert done.stderr.count("program.py: error: --model large: too large for rank 1\n") == 1
+    assert "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -61,3 +62,19 @@ def test_a_part_is_run_once_reported_and_tried_again_where_it_failed(tmp_path):
     assert "reloads-grpo failed" in done.stdout and re.search(
         r"\| reloads-grpo \| failed: `.*rows.jsonl.*` \|", (tmp_path / "gpu.md").read_text()
     )
+
+
+def test_a_run_that_died_leaves_a_report(tmp_path):
+    """Nothing but its first step, in which it did not get to an update; and what its log says last."""
+    for step in ("large-packing", "reloads-dpo"):
+        (tmp_path / step).mkdir()
+        (tmp_path / step / "metrics.jsonl").write_text('{"step": 0, "eval/accuracy": 0.1}\n')
+        said = ["$ python train_grpo.py", "error: no memory", "destroy_process_group() was not called"]
+        (tmp_path / f"{step}.log").write_text("\n".join(said))
+    (tmp_path / "large").mkdir()
+    shutil.copy(ROOT / "toy" / "model" / "config.json", tmp_path / "large")
+    command = [sys.executable, ROOT / "results" / "gpu.py", "report", tmp_path, tmp_path / "gpu.md"]
+    subprocess.run(command, check=True, capture_output=True)
+    report = (tmp_path / "gpu.md").read_text()
+    assert report.count("| failed: `error: no memory` | `python train_grpo.py` |") == 2
+    assert re.search(r"\| large-packing \| 0 \| (-|0%) \| 0 \| - \| - \| - \| 0.0 \|", report)

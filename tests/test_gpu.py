@@ -43,7 +43,8 @@ def run(ranks, script, directory, *flags):
 def test_sleeping_frees_memory(ranks, tmp_path):
     held = {}
     for flag in ("--sleep", "--no-sleep"):
-        lines = run(ranks, "train_dpo.py", tmp_path / flag, "--steps", "3", "--eval-every", "0", flag)
+        flags = ["--steps", "3", "--eval-every", "0", "--gpu-memory", "0.2", flag]
+        lines = run(ranks, "train_dpo.py", tmp_path / flag, *flags)
         held[flag] = lines[-1]["memory/held_gib"]
     assert held["--sleep"] < held["--no-sleep"] - 1
 
@@ -51,9 +52,11 @@ def test_sleeping_frees_memory(ranks, tmp_path):
 @pytest.mark.parametrize("script", ["train_dpo.py", "train_grpo.py"])
 @pytest.mark.parametrize("s", ["1", "10", "inf"])
 def test_the_toy_learns_and_every_reload_arrives(ranks, script, s, tmp_path):
-    lines = run(ranks, script, tmp_path / "run", "--sync-steps", s, "--steps", "60", "--eval-every", "30")
+    flags = ["--sync-steps", s, "--steps", "60", "--eval-every", "30", "--gpu-memory", "0.1"]
+    lines = run(ranks, script, tmp_path / "run", *flags)
     accuracy = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
-    assert accuracy[-1] > accuracy[0] + 0.05
+    # on a CPU 0.14 to 0.25 more, and one such accuracy has a standard error of 0.02
+    assert accuracy[-1] > accuracy[0] + 0.03
     gaps = [line["sampler/logp_gap_mean"] for line in lines if "sampler/logp_gap_mean" in line]
     assert len(gaps) == {"1": 60, "10": 6, "inf": 1}[s] and 0 < max(gaps) < 0.05
     steps = [line for line in lines if "loss" in line]

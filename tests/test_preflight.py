@@ -1,6 +1,7 @@
 """--preflight against real runs with the same flags, and its forecast against sums by hand."""
 
 import json
+import random
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from transformers import AutoConfig, GPT2Config
 
 import preflight
 import train_dpo
+from data import Completion, Row
 from preflight import GIB, Found, forecast, warnings
 from results.memory import MODELS, shape_of
 
@@ -133,6 +135,7 @@ def test_the_forecast_by_hand():
     [
         ({}, []),
         ({"in_update": 95 * GIB}, ["95%", "--micro-batch-tokens 16384", "GPUs"]),
+        ({"while_sampling": 95 * GIB}, ["sampling takes 95%", "--gpu-memory"]),
         ({"sequences": 31.4}, ["31 sequences", "--gpu-memory", "--max-new-tokens"]),
         ({"unequal": 0.09}, ["9%", "--samples-per-prompt"]),
         ({"cut": 0.21}, ["21%", "--max-new-tokens"]),
@@ -166,16 +169,30 @@ def test_too_little_memory_is_one_line(monkeypatch, policy, device, capsys):
 
 
 @pytest.mark.parametrize("script", ["train_dpo", "train_grpo"])
-def test_the_largest_micro_batch_is_as_full_as_the_flags_allow(policy, script):
-    """Completions of full length, of which no more would fit; for DPO both of a pair."""
+@pytest.mark.parametrize(("limit", "prompt", "new"), [(1000, 24, 8), (900, 100, 300), (1100, 200, 330)])
+def test_no_micro_batch_is_larger_than_those_that_are_tried(policy, script, limit, prompt, new):
+    """Beside batches of 200 examples whose lengths are drawn up to the limits."""
     module = __import__(script)
-    args = module.get_args(["--micro-batch-tokens", "1000"])
-    groups = preflight.longest_groups(args, module.make_examples, policy)
-    batches = list(preflight.micro_batches(module.make_examples(groups, 0, args), policy, 1000))
-    rows, length = batches[0].ids_RL.shape
-    one = args.max_prompt_tokens + args.max_new_tokens * (2 if script == "train_dpo" else 8)
-    assert len(batches) == 1 and 1000 - one < rows * length <= 1000
-    assert batches[0].mask_BT.all() and batches[0].mask_BT.shape[1] == args.max_new_tokens
+    flags = {"micro-batch-tokens": limit, "max-prompt-tokens": prompt, "max-new-tokens": new}
+    args = module.get_args([f"--{name}={value}" for name, value in flags.items()])
+
+    def sizes(groups):
+        batches = preflight.micro_batches(module.make_examples(groups, 0, args), policy, limit)
+        return [batch.ids_RL.numel() for batch in batches]
+
+    tried = preflight.largest_batches(args, module.make_examples, policy)
+    largest = [max(sizes(groups)) for groups in tried]
+    assert largest[:2] == largest[2:] and max(largest) <= limit
+    [(row, completions), *_] = tried[0]
+    assert (len(row.ids), {len(c.ids) for c in completions}) == (prompt, {new})
+    rng, drawn = random.Random(0), []
+    for _ in range(200):
+        part = rng.random()
+        ids = [[20] * max(1, int(part * size)) for size in (prompt, new)]
+        group = [Completion(ids[1], [0.0] * len(ids[1]), "", "stop", 0, float(i % 2)) for i in range(8)]
+        drawn.append((Row("", ids[0], None, None), group))
+    # a batch is so small here that whole tokens leave a few percent
+    assert max(sizes(drawn)) <= 1.05 * max(largest)
 
 
 def test_the_shape_of_a_model_from_its_config():

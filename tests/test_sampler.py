@@ -483,6 +483,7 @@ def test_whatever_ends_a_run_shuts_the_engine_down_once(script, end, tmp_path):
     codes = {"done": 0, "signal": 75, "SyncError": 1, "another rank has left": 1}
     done = script(program, *flags, code=codes[end])
     assert done.stdout.count("shut down") == 1 and "Traceback" not in done.stderr
+    assert (f"{end} (connection closed)" in done.stderr) == ("rank" in end)
 
 
 GIB = 2**30
