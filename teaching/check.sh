@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the commands of exercises.md and compares what they log with its tables, a line for each row. Exit code 1
-# if a number is off. About ten minutes on two free cores; what the runs write is deleted.
+# if a number is off. About seven minutes on a free core; what the runs write is deleted.
 #
 #     bash teaching/check.sh          all exercises
 #     bash teaching/check.sh 5 8      these
