@@ -72,7 +72,7 @@ first() { # what needs no other run; seed 0 of all before seed 1
       chats dpo-s$s-fixed-beta0.01 train_dpo.py --sync-steps $s --no-sync-ref --beta 0.01
     done
     # Fig. 6: the entropy bonus at the paper's scales, and at one that can be seen
-    for w in 5e-4 0.5 1e-4 2e-4 3e-4; do
+    for w in 5e-4 0.5 5 1e-4 2e-4 3e-4; do
       sums dpo-s1-entropy$w train_dpo.py --steps 300 --sync-steps 1 --entropy-weight $w
     done
     # beyond the paper: GRPO with old completions, without clip, and without the ratio to the sampler

@@ -132,6 +132,7 @@ ABLATIONS = [  # groups of run -> what it is called; the first of a group is wha
         "dpo-s1-entropy1e-4": "entropy bonus 1e-4",
         "dpo-s1-entropy5e-4": "entropy bonus 5e-4",
         "dpo-s1-entropy0.5": "entropy bonus 0.5",
+        "dpo-s1-entropy5": "entropy bonus 5",
         "dpo-s1-fixed": "reference fixed",
         "dpo-s1-fixed-beta0.1": "reference fixed, β = 0.1",
     },
