@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every experiment of the paper on the toy, three seeds each, two runs at a time on a core each (the toy is too small
+# The paper's experiments on the toy, three seeds each, two runs at a time on a core each (the toy is too small
 # to use two cores well).
 #
 #     bash results/paper_on_a_laptop.sh              # two hours on two free CPU cores; finished runs are skipped
