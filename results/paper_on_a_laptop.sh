@@ -2,7 +2,7 @@
 # The paper's experiments on the toy, three seeds each, two runs at a time on a core each (the toy is too small
 # to use two cores well).
 #
-#     bash results/paper_on_a_laptop.sh              # two hours on two free CPU cores; finished runs are skipped
+#     bash results/paper_on_a_laptop.sh              # two and a half hours on two free CPU cores; finished runs are skipped
 #     bash results/paper_on_a_laptop.sh chats/       # only the runs whose name has this in it
 #     bash results/paper_on_a_laptop.sh --list       # prints name and command of each run
 #     bash results/paper_on_a_laptop.sh --check      # says which logs are older than the maths
