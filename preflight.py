@@ -44,7 +44,7 @@ class Found:
 
     parameters: int
     capacity: int  # bytes of the GPU; on a CPU, of the machine
-    tensors: dict[str, int]  # bytes that the policy needs at all times of an update, by what they are for
+    tensors: dict[str, int]  # bytes that are there at all times of an update, by what they are for
     derived: float | None  # bytes of all else that an update needs, by results/memory.py
     most: int  # bytes that torch held at one time in the largest micro-batches; on a CPU, the process
     in_update: int  # bytes in use on the GPU then, whoever has them; on a CPU, as above
@@ -285,7 +285,7 @@ class Forecast:
     window: float  # seconds, the reload included
     on_disk: float  # bytes of a window, 0 where it stays in memory
     run: float  # seconds
-    bound: str  # on a GPU, whose calls take little longer for more prompts: how far that is to be trusted
+    bound: str  # a GPU takes little longer for more prompts in a call, and little less for fewer
     checkpoints: int
     validations: int
 
@@ -304,8 +304,9 @@ def forecast(found: Found, args) -> Forecast:
     validation = seconds["reload"] + completions * (seconds["sample"] + seconds["score"])
     run = args.steps * sum(step.values()) + math.ceil(args.steps / steps) * seconds["reload"]
     in_a_call = min(steps, CHUNK) * args.prompts_per_step
-    bound = "" if in_a_call == PROMPTS or not torch.cuda.is_available() else "at least "
-    bound = "at most " if bound and in_a_call > PROMPTS else bound
+    bound = ""
+    if torch.cuda.is_available() and in_a_call != PROMPTS:
+        bound = "at most " if in_a_call > PROMPTS else "at least "
     return Forecast(
         step=step, steps=steps,
         window=seconds["reload"] + steps * sum(step.values()),

@@ -83,7 +83,7 @@ def sweep():
     )
     for axis, (task, metric, title, ylabel) in zip(axes, panels, strict=True):
         seeds = min(filter(None, [curve(axis, task, name, metric, S[name]) for name in FIRST]))
-        tidy(axis, f"{title} ({seeds} seed{'s' * (seeds > 1)})", ylabel)
+        tidy(axis, f"{title} ({seeds} seeds)", ylabel)
         axis.set_xlabel("optimizer step")
     axes[0].set_ylim(0, 1)
     legend(figure, {name: S[name] for name in FIRST})
@@ -106,8 +106,7 @@ def dynamics():
         for axis, (task, title) in zip(row, TASKS.items(), strict=True):
             where = ("kl", f"{title}-") if metric == "eval/kl" else (task, "")
             drawn = [curve(axis, where[0], where[1] + name, metric, style) for name, style in S.items()]
-            seeds = sorted({*drawn} - {0})
-            title = f"{title} ({' or '.join(map(str, seeds))} seeds)" if metric == "reward" else ""
+            title = f"{title} ({min(filter(None, drawn))} seeds)" if metric == "reward" else ""
             tidy(axis, title, ylabel if task == "toy" else "")
             if metric == "completions/length":
                 axis.set_ylim(0, 7)

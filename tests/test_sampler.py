@@ -155,16 +155,14 @@ def test_a_sampler_that_sleeps_is_asked_only_after_a_reload(sampler, fresh, prom
 
 
 def test_how_much_fits_is_said_in_tokens_and_sequences(vllm):
-    """vLLM's own blocks of 32 tokens against 192, the longest sequence of this engine, of which its scheduler
-    works on some hundred at most.
-    """
+    """vLLM's own blocks of 32 tokens against 192, the longest sequence of this engine, and its scheduler."""
     blocks = vllm.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     tokens, sequences = (
         int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:tokens|sequences)", vllm.capacity)
     )
     assert 0.9 * blocks * 32 <= tokens <= blocks * 32
     scheduled = vllm.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-    assert sequences == pytest.approx(min(scheduled, tokens / 192), abs=1) and scheduled < 1365
+    assert sequences == pytest.approx(min(scheduled, tokens / 192), abs=1)
 
 
 @pytest.mark.parametrize("kept", [False, True])
